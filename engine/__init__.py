@@ -1,0 +1,1 @@
+"""The engine: dynamic inference of a decoder-only language model. Knows torch; knows no SQL, no Ray, no HTTP."""

@@ -1,0 +1,182 @@
+"""The engine: a model with its exits, ready to complete prompts under any policy."""
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from torch import Tensor
+
+from engine.architectures import build_stack
+from engine.cost import Machine, cost, synchronise
+from engine.decode import Ends, Prefill, decode, prefill
+from engine.device import describe_device_class, find_device
+from engine.errors import BadInput
+from engine.exits import check_policy, check_weights, exits_hash, find_exits, read_manifest
+from engine.heads import Heads
+from engine.loading import load_model, load_tokenizer, resolve_model
+from engine.policies import build_rule
+from engine.record import Completion, Decoded, Finish, TokenRecords
+from engine.spec import DType, PolicySpec, parse_policy
+from engine.text import Prompt, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A batch of prompts that has been prefilled once; every policy completes it from a copy."""
+
+    prompts: list[Prompt]
+    start: Prefill
+    prefill_ns: int  #: wall time, device synchronised
+
+
+class Engine:
+    """A model with its exits on one device.
+
+    `model` is a catalogue name, a folder or a hub id; `exits` the name or folder of an exit bundle, or None. Raises
+    `BadInput` where either cannot be found or they do not belong together.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        exits: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "float32",
+        threads: int | None = None,
+    ) -> None:
+        self.device = find_device(device)
+        if dtype not in get_args(DType):
+            raise BadInput(f"dtype is {dtype!r}; give one of {', '.join(get_args(DType))}.")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.threads = torch.get_num_threads()
+        self.facts = resolve_model(model)
+        self.name, self.weights_hash = self.facts.name, self.facts.weights_hash
+        self.dtype = dtype
+        folder = None if exits is None else find_exits(exits)
+        self.manifest = None if folder is None else read_manifest(folder)
+        self.exits_hash = None if folder is None else exits_hash(folder)
+        if self.manifest is not None:
+            check_weights(self.manifest, self.facts)
+        with torch.inference_mode():
+            self.stack = build_stack(load_model(self.facts, dtype).to(self.device))
+            self.heads = Heads(self.stack, "tied", (), {}) if folder is None else Heads.load(self.stack, folder)
+        self.text = Text(load_tokenizer(model), self.facts.end_tokens, self.stack.max_context)
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        return self.text.tokenizer
+
+    @property
+    def n_layers(self) -> int:
+        return self.stack.n_layers
+
+    @property
+    def exit_points(self) -> tuple[int, ...]:
+        return self.manifest.exit_points if self.manifest else ()
+
+    @property
+    def head_kind(self) -> str | None:
+        return self.manifest.head if self.manifest else None
+
+    @property
+    def max_context(self) -> int:
+        return self.stack.max_context
+
+    @cached_property
+    def device_class(self) -> str:
+        """Processor or GPU, threads, type and torch version: figures are compared within one class only."""
+        return describe_device_class(self.device, self.dtype, self.threads)
+
+    @cached_property
+    def machine(self) -> Machine:
+        """What this device reaches, measured once; a worker may set what others measured before it."""
+        with torch.inference_mode():
+            return Machine.measure(self.device, getattr(torch, self.dtype))
+
+    def check(self, policy: PolicySpec) -> None:
+        """Whether this model and its exits can run a policy. Raises `BadInput`."""
+        check_policy(policy, self.manifest, self.n_layers)
+
+    def encode(self, prompts: list[str], room: int, *, heal: bool = False) -> list[Prompt]:
+        """Prompts as the model sees them, with room for so many new tokens: see `engine.text`. Raises `BadInput`."""
+        return self.text.encode(prompts, room, heal)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: list[Prompt], room: int) -> Prefilled:
+        """Run the prompts once, leaving room for `room` new tokens each."""
+        synchronise(self.device)
+        begin = time.perf_counter_ns()
+        start = prefill(self.stack, [prompt.token_ids for prompt in prompts], room, self._allowed(prompts))
+        synchronise(self.device)
+        return Prefilled(prompts, start, time.perf_counter_ns() - begin)
+
+    @torch.inference_mode()
+    def decode(self, prefilled: Prefilled, policy: PolicySpec, *, max_new_tokens: int, ends_with_line: bool) -> Decoded:
+        """Complete a prefilled batch under one policy, timed from the end of prefill. Raises `NumericalError`."""
+        rule = build_rule(policy, self.exit_points, self.n_layers)
+        start = Prefill(prefilled.start.cache.copy(), prefilled.start.prompts, prefilled.start.first)
+        first = zip(prefilled.prompts, start.first.tokens.tolist(), strict=True)
+        ends = Ends(
+            max_new_tokens,
+            self.text.line_ends if ends_with_line else self.text.sequence_ends,
+            [self.text.ends(prompt, token, ends_with_line) for prompt, token in first],
+        )
+        synchronise(self.device)
+        begin = time.perf_counter_ns()
+        records, finishes, work, _ = decode(self.stack, self.heads, rule, policy, start, ends)
+        synchronise(self.device)
+        decode_ns = time.perf_counter_ns() - begin
+        completions = [
+            self._completion(prompt, record, finish)
+            for prompt, record, finish in zip(prefilled.prompts, records, finishes, strict=True)
+        ]
+        price = cost(work, self.stack, self.machine)
+        written = sum(completion.n_tokens - 1 for completion in completions)
+        return Decoded(completions, decode_ns, written, price.flops, price.ideal_ns)
+
+    def complete(
+        self,
+        prompts: list[str],
+        policy: str | dict[str, Any] | PolicySpec = "full",
+        *,
+        max_new_tokens: int = 10,
+        batch_size: int = 8,
+        ends_with_line: bool = False,
+    ) -> list[Completion]:
+        """Complete prompts under a policy, in batches of so many. Raises `BadInput`."""
+        spec = parse_policy(policy)
+        self.check(spec)
+        if min(max_new_tokens, batch_size) < 1:
+            raise BadInput(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; both must be at least 1.")
+        encoded = self.encode(prompts, max_new_tokens, heal=ends_with_line)
+        done: list[Completion] = []
+        for first in range(0, len(encoded), batch_size):
+            batch = self.prefill(encoded[first : first + batch_size], max_new_tokens)
+            decoded = self.decode(batch, spec, max_new_tokens=max_new_tokens, ends_with_line=ends_with_line)
+            done.extend(decoded.completions)
+        return done
+
+    def warm_up(self) -> None:
+        """Touch every weight and kernel once, so that the first timing is like the next."""
+        prompts = [Prompt(list(range(1, 17))), Prompt(list(range(1, 9)))]
+        self.decode(self.prefill(prompts, 4), parse_policy("full"), max_new_tokens=4, ends_with_line=False)
+
+    def _completion(self, prompt: Prompt, records: TokenRecords, finish: Finish) -> Completion:
+        n_tokens = len(records) - (finish is Finish.STOP)
+        text = self.text.read(prompt, records.token_ids[:n_tokens].tolist(), finish)
+        return Completion(text, records, finish, len(prompt.token_ids), prompt.cut_tokens)
+
+    def _allowed(self, prompts: list[Prompt]) -> list[Tensor | None]:
+        """What each row's first token may be: anything, or what begins with the token that was taken back."""
+        return [
+            None if prompt.healed is None else torch.tensor(self.text.beginning_with(prompt.healed), device=self.device)
+            for prompt in prompts
+        ]

@@ -1,0 +1,116 @@
+"""An exit bundle on disk: a folder with `exits.json` and `exits.safetensors`. No torch here."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from engine.errors import BadInput, WeightsMismatch
+from engine.loading import ModelFacts
+from engine.registry import unknown
+from engine.spec import PolicySpec, Spec, first_complaint
+
+SHIPPED = Path(__file__).parent / "bundles"
+MANIFEST, TENSORS = "exits.json", "exits.safetensors"
+
+HeadKind = Literal["tied", "lens", "untied"]
+
+
+class ExitsManifest(Spec):
+    """`exits.json`: what the tensors beside it are, for which weights, and how they were made."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    weights_hash: str
+    n_layers: int
+    hidden_size: int
+    vocab_size: int
+    exit_points: tuple[int, ...] = Field(min_length=1)
+    head: HeadKind
+    rank: int | None = Field(None, ge=1, description="of a lens")
+    shortlist: int | None = Field(
+        None, ge=1, description="tokens that a head may predict; the whole vocabulary when absent"
+    )
+    controller: bool
+    training: dict[str, Any] = {}
+    corpus: list[dict[str, Any]] = []
+    scores: dict[str, dict[str, float]] = Field({}, description="held-out, by exit point")
+    tensors_hash: str = Field(description="sha256 of exits.safetensors")
+
+    @model_validator(mode="after")
+    def _points_rise(self) -> "ExitsManifest":
+        check_exit_points(self.exit_points, self.n_layers)
+        return self
+
+
+def check_exit_points(points: tuple[int, ...], n_layers: int) -> None:
+    """Exit points rise and lie inside the model. Raises `BadInput`."""
+    for point in points:
+        if not 1 <= point <= n_layers:
+            raise BadInput(f"exit_points: {point} is outside the model; give layers from 1 to {n_layers}.")
+    if list(points) != sorted(set(points)):
+        raise BadInput(f"exit_points: {list(points)} must rise, each once; give {sorted(set(points))}.")
+
+
+def find_exits(name: str | Path) -> Path:
+    """The folder of a shipped bundle, by name, or of one's own, by path. Raises `BadInput`."""
+    shipped = SHIPPED / str(name)
+    if Path(name).name == str(name) and (shipped / MANIFEST).is_file():
+        return shipped
+    folder = Path(name).expanduser()
+    if (folder / MANIFEST).is_file():
+        return folder.resolve()
+    if folder.is_dir():
+        raise BadInput(f"exits {str(name)!r}: the folder has no {MANIFEST}; make a bundle with `shortstop train`.")
+    raise BadInput(f"{unknown('exits', str(name), shipped_exits())} It is no folder here either ({folder.absolute()}).")
+
+
+def shipped_exits() -> list[str]:
+    """Names of the bundles that come with Shortstop."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{MANIFEST}"))
+
+
+def read_manifest(folder: Path) -> ExitsManifest:
+    """Read `exits.json` and hold the tensors file against its hash. Raises `BadInput`."""
+    try:
+        manifest = ExitsManifest.model_validate_json((folder / MANIFEST).read_bytes())
+        found = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+    except ValidationError as error:
+        raise BadInput(f"exits {folder / MANIFEST}: {first_complaint(error)}") from None
+    except OSError as error:
+        raise BadInput(
+            f"exits {folder}: {error.filename} cannot be read ({error.strerror}); train the bundle again."
+        ) from None
+    if found != manifest.tensors_hash:
+        raise BadInput(
+            f"exits {folder}: {TENSORS} is damaged (its hash is not the one in {MANIFEST}); get the bundle again."
+        )
+    return manifest
+
+
+def exits_hash(folder: Path) -> str:
+    """sha256 over both files of a bundle."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes() + (folder / TENSORS).read_bytes()).hexdigest()
+
+
+def check_weights(manifest: ExitsManifest, model: ModelFacts) -> None:
+    """Exits serve the weights that they were trained on and no others. Raises `WeightsMismatch`."""
+    if manifest.weights_hash != model.weights_hash:
+        raise WeightsMismatch(
+            f"exits: trained for {manifest.model!r} with weights {manifest.weights_hash[:12]}…, but model "
+            f"{model.name!r} has weights {model.weights_hash[:12]}…; train exits for this model with `shortstop train`."
+        )
+
+
+def check_policy(policy: PolicySpec, manifest: ExitsManifest | None, n_layers: int) -> None:
+    """Whether these exits can serve this policy. Raises `BadInput`."""
+    if policy.needs != "nothing" and manifest is None:
+        raise BadInput(f"policy {policy.kind!r} needs exits, and none are given; name a bundle in the field `exits`.")
+    if policy.needs == "controller" and manifest is not None and not manifest.controller:
+        raise BadInput(
+            f"policy {policy.kind!r} needs a controller, and the exits of {manifest.model!r} have none; train one."
+        )
+    from engine.policies import build_rule
+
+    build_rule(policy, manifest.exit_points if manifest else (), n_layers)

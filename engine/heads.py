@@ -1,0 +1,95 @@
+"""Exits at run time: a head per exit point that predicts a token, and a controller that judges a state."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.exits import TENSORS, HeadKind, read_manifest
+from engine.stack import LayerStack
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A head's choice for each of several states."""
+
+    tokens: Tensor  # [states] ids in the model's vocabulary
+    confidences: Tensor  # [states] the head's probability of its choice
+
+
+def choose(logits: Tensor, shortlist: Tensor | None = None) -> Prediction:
+    """The most likely token of each row of logits [states, vocabulary or shortlist], with its softmax probability."""
+    logits = logits.float()
+    top, place = logits.max(dim=-1)
+    tokens = place if shortlist is None else shortlist[place]
+    return Prediction(tokens, torch.exp(top - logits.logsumexp(dim=-1)))
+
+
+class Heads:
+    """The heads of all exit points, on top of one model.
+
+    `tied`: the model's final norm and unembedding on the state as it is. `lens`: the same after a low-rank residual,
+    x + (x Dᵀ) Uᵀ. `untied`: one matrix on the un-normalised state, as SEC. A shortlist keeps the rows of the most
+    frequent tokens only.
+    """
+
+    def __init__(self, stack: LayerStack, kind: HeadKind, points: tuple[int, ...], tensors: dict[str, Tensor]) -> None:
+        self.stack, self.kind, self.points = stack, kind, points
+        tensors = {name: tensor.to(stack.unembedding) for name, tensor in tensors.items() if name != "shortlist"} | {
+            name: tensor.to(stack.device, torch.long) for name, tensor in tensors.items() if name == "shortlist"
+        }
+        self.shortlist = tensors.get("shortlist")
+        self.controller = tensors.get("controller")  # [3, hidden]: continue, exit, stop
+        self.unembedding = stack.unembedding if self.shortlist is None else stack.unembedding[self.shortlist]
+        self.tensors = tensors
+
+    @classmethod
+    def load(cls, stack: LayerStack, folder: Path) -> "Heads":
+        manifest = read_manifest(folder)
+        return cls(stack, manifest.head, manifest.exit_points, load_file(folder / TENSORS))
+
+    @property
+    def outputs(self) -> int:
+        """Tokens that a head before full depth chooses among."""
+        return self.unembedding.shape[0]
+
+    def parameters(self, point: int) -> int:
+        """Parameters that a state multiplies with in the head at `point`."""
+        if point == self.stack.n_layers:
+            return self.stack.unembedding.numel()
+        lens = (
+            sum(self.tensors[f"heads.{point}.{part}"].numel() for part in ("down", "up")) if self.kind == "lens" else 0
+        )
+        return lens + self.outputs * self.stack.hidden_size
+
+    def logits(self, point: int, states: Tensor) -> Tensor:
+        """Raw states [states, hidden] at an exit point before full depth to logits [states, outputs]."""
+        if self.kind == "untied":
+            return F.linear(states, self.tensors[f"heads.{point}.weight"])
+        if self.kind == "lens":
+            states = lens(states, self.tensors[f"heads.{point}.down"], self.tensors[f"heads.{point}.up"])
+        return F.linear(self.stack.norm(states), self.unembedding)
+
+    def predict(self, point: int, states: Tensor) -> Prediction:
+        """What the head at `point` would write. At full depth it is always the model's own unembedding."""
+        if point == self.stack.n_layers:
+            return full_depth(self.stack, states)
+        return choose(self.logits(point, states), self.shortlist)
+
+    def judge(self, states: Tensor) -> Tensor:
+        """The controller's probabilities [states, 3] of continue, exit and stop, from raw states [states, hidden]."""
+        assert self.controller is not None
+        return F.linear(states, self.controller).float().softmax(dim=-1)
+
+
+def lens(states: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Low-rank residual: states [n, hidden], down [rank, hidden], up [hidden, rank]."""
+    return states + F.linear(F.linear(states, down), up)
+
+
+def full_depth(stack: LayerStack, states: Tensor) -> Prediction:
+    """The model's own choice, over its whole vocabulary."""
+    return choose(stack.unembed(stack.norm(states)))

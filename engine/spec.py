@@ -1,0 +1,147 @@
+"""What a caller may ask of the engine. No torch here, so that the command line answers at once."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.errors import BadInput
+from engine.registry import Registry
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class Spec(BaseModel):
+    """Closed and frozen: an unknown field is an error, and a spec never changes under a job."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PolicySpec(Spec):
+    """What every policy has. A subclass adds its thresholds and names the rule that reads them."""
+
+    kind: ClassVar[str]
+    #: "module:Class" of the decision rule, imported only where a model runs
+    rule: ClassVar[str]
+    #: what an exit bundle must have for this policy
+    needs: ClassVar[Literal["nothing", "heads", "controller"]] = "heads"
+
+    name: str | None = Field(
+        None, min_length=1, description="the run's name in reports; derived from the options when absent"
+    )
+    kv: Literal["copy", "recompute"] = Field("copy", description="how skipped layers get their keys and values")
+    max_debt: int = Field(8, ge=1, description="recompute: tokens of one row that may wait at once")
+    on_stop: Literal["show", "suppress"] = Field("show", description="whether what came before a stop is offered")
+
+    @property
+    def label(self) -> str:
+        """The run's name: `name`, or the kind with the options that differ from their defaults."""
+        if self.name:
+            return self.name
+        options = [f"{field}={_plain(value)}" for field, value in self.options().items()]
+        return " ".join([self.kind, *options])
+
+    def options(self) -> dict[str, Any]:
+        """The options that were given or that have no default."""
+        return {k: v for k, v in self.model_dump(exclude_defaults=True).items() if k != "name"}
+
+    def dump(self) -> dict[str, Any]:
+        """The spec as `parse_policy` reads it back."""
+        return {self.kind: self.model_dump(exclude_defaults=True)}
+
+
+class Full(PolicySpec):
+    """Every layer for every token: the baseline."""
+
+    kind = "full"
+    rule = "engine.policies:FullDepth"
+    needs = "nothing"
+
+
+class Fixed(PolicySpec):
+    """Every token leaves at one exit point."""
+
+    kind = "fixed"
+    rule = "engine.policies:FixedExit"
+
+    exit_layer: int = Field(ge=1)
+
+
+class Confidence(PolicySpec):
+    """Leave where the head's top probability exceeds the threshold (CALM, Schuster et al. 2022, softmax response)."""
+
+    kind = "confidence"
+    rule = "engine.policies:ConfidentExit"
+
+    threshold: Probability
+
+
+class Patience(PolicySpec):
+    """Leave once this many exit points after the first agree with the one before (PABEE, Zhou et al. 2020)."""
+
+    kind = "patience"
+    rule = "engine.policies:PatientExit"
+
+    patience: int = Field(ge=1)
+
+
+class Controller(PolicySpec):
+    """Ask the trained controller at every exit point (SEC, Sun et al., ICSE 2024). A threshold of 1 is off."""
+
+    kind = "controller"
+    rule = "engine.policies:ControlledExit"
+    needs = "controller"
+
+    exit: Probability
+    stop: Probability
+
+
+class Sec(Controller):
+    """The paper's method: its controller, its thresholds, keys and values by `copy`."""
+
+    kind = "sec"
+
+    kv: Literal["copy"] = "copy"
+
+
+policies: Registry[type[PolicySpec]] = Registry(
+    "policy", "policies", {spec.kind: spec for spec in (Full, Fixed, Confidence, Patience, Controller, Sec)}
+)
+
+
+def parse_policy(value: str | dict[str, Any] | PolicySpec) -> PolicySpec:
+    """Read `full`, `{confidence: {threshold: 0.95}}` or a spec. Raises `BadInput`."""
+    if isinstance(value, PolicySpec):
+        return value
+    if isinstance(value, str):
+        value = {value: {}}
+    if not (isinstance(value, dict) and len(value) == 1):
+        raise BadInput(
+            f"policy {value!r}: give a name, or one name with its options, like {{confidence: {{threshold: 0.95}}}}"
+        )
+    [(kind, options)] = value.items()
+    try:
+        return policies[kind].model_validate(options or {})
+    except ValidationError as error:
+        raise BadInput(f"policy {kind!r}: {first_complaint(error)}") from None
+
+
+def policy(kind: str, **options: Any) -> PolicySpec:
+    """`policy("sec", exit=0.9, stop=0.7)`. Raises `BadInput`."""
+    return parse_policy({kind: options})
+
+
+def first_complaint(error: ValidationError) -> str:
+    """The first fault that pydantic found, as one sentence with field, value and remedy."""
+    fault = error.errors()[0]
+    field = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "missing":
+        return f"field {field!r} is missing; add it."
+    if fault["type"] == "extra_forbidden":
+        return f"field {field!r} is not known here; remove it or correct its name."
+    return f"field {field!r} is {fault['input']!r}; {fault['msg'][:1].lower()}{fault['msg'][1:]}."
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

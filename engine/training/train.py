@@ -1,0 +1,129 @@
+"""From a corpus to an exit bundle, the backbone frozen: cache states, train heads, train the controller, score, write.
+
+Everything on the way lies in `<out>.work`: the same command goes on where it was interrupted, and removes the folder at
+the end.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.engine import Engine
+from engine.errors import BadInput
+from engine.exits import MANIFEST, TENSORS, ExitsManifest, check_exit_points
+from engine.heads import Heads
+from engine.training.controller import labels, predictions, train_controller
+from engine.training.corpus import Entry, check_apart, read_corpus
+from engine.training.heads import HeadTrainer, choose_shortlist
+from engine.training.scores import held_out_scores
+from engine.training.spec import TrainSpec
+from engine.training.states import cache_states
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands."""
+
+    stage: str
+    done: int
+    total: int
+    unit: str
+    loss: float | None = None
+
+
+def train(spec: TrainSpec, out: Path, on_progress: Callable[[Progress], None] = lambda _: None) -> ExitsManifest:
+    """Train the bundle of a spec into folder `out`. Raises `BadInput`; an interrupted call is gone on with."""
+    check_apart(spec.corpus, spec.holdout)
+    work = _work_folder(spec, out)
+    engine = Engine(spec.model, device=spec.device, threads=spec.threads)
+    check_exit_points(spec.exit_points, engine.n_layers)
+    if spec.shortlist is not None and spec.shortlist > engine.facts.vocab_size:
+        raise BadInput(
+            f"shortlist is {spec.shortlist}, but the vocabulary of {spec.model!r} has {engine.facts.vocab_size}."
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "spec.json").write_text(spec.model_dump_json())
+    corpus = read_corpus(spec.corpus, spec.tokens, spec, engine.tokenizer)
+    kept = read_corpus(spec.holdout, spec.holdout_tokens, spec, engine.tokenizer)
+
+    def report(stage: str, unit: str) -> Callable[..., None]:
+        return lambda done, total, loss=None: on_progress(Progress(stage, done, total, unit, loss))
+
+    learned = cache_states(engine.stack, corpus.windows, spec.exit_points, work / "corpus", report("states", "tokens"))
+    held = cache_states(
+        engine.stack, kept.windows, spec.exit_points, work / "holdout", report("held-out states", "tokens")
+    )
+
+    tensors: dict[str, Tensor] = {}
+    if spec.shortlist is not None:
+        tensors["shortlist"] = choose_shortlist(learned, spec.shortlist, engine.stack.vocab_size).int()
+    if spec.head != "tied":
+        shortlist = tensors["shortlist"].long() if "shortlist" in tensors else None
+        trainer = HeadTrainer(engine.stack, spec, learned, shortlist, work / "heads.pt")
+        tensors |= trainer.train(report("heads", "steps"))
+    manifest = _manifest(spec, engine, corpus.manifest, kept.manifest)
+    with torch.inference_mode():
+        heads = Heads(engine.stack, spec.head, spec.exit_points, tensors)
+    if spec.controller:
+        said, _ = predictions(heads, learned, report("predictions", "tokens"))
+        label = labels(said, learned)
+        tensors["controller"] = train_controller(heads, learned, label, spec.seed, report("controller", "steps"))
+        with torch.inference_mode():
+            heads = Heads(engine.stack, spec.head, spec.exit_points, tensors)
+    scores = held_out_scores(heads, held, report("scores", "tokens"))
+    written = _write(out, manifest.model_copy(update={"scores": scores}), tensors)
+    shutil.rmtree(work)
+    return written
+
+
+def _work_folder(spec: TrainSpec, out: Path) -> Path:
+    if (out / MANIFEST).exists():
+        raise BadInput(f"out: {out} holds a bundle already; give another folder, or remove that one.")
+    work = out.with_name(out.name + ".work")
+    note = work / "spec.json"
+    if note.exists() and note.read_text() != spec.model_dump_json():
+        raise BadInput(f"out: {work} holds the checkpoint of another spec; give another folder, or remove that one.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"out: {out} cannot be written ({error.strerror}); give another folder.") from None
+    return work
+
+
+def _manifest(spec: TrainSpec, engine: Engine, corpus: list[Entry], kept: list[Entry]) -> ExitsManifest:
+    return ExitsManifest(
+        model=spec.model,
+        weights_hash=engine.weights_hash,
+        n_layers=engine.n_layers,
+        hidden_size=engine.stack.hidden_size,
+        vocab_size=engine.stack.vocab_size,
+        exit_points=spec.exit_points,
+        head=spec.head,
+        rank=spec.rank if spec.head == "lens" else None,
+        shortlist=spec.shortlist,
+        controller=spec.controller,
+        training=spec.model_dump(mode="json"),
+        corpus=[*corpus, *({**entry, "held_out": True} for entry in kept)],
+        tensors_hash="",
+    )
+
+
+def _write(out: Path, manifest: ExitsManifest, tensors: dict[str, Tensor]) -> ExitsManifest:
+    """Both files into a folder of their own, moved into place whole."""
+    made = out.with_name(out.name + ".made")
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    save_file(tensors, made / TENSORS)
+    digest = hashlib.sha256((made / TENSORS).read_bytes()).hexdigest()
+    manifest = manifest.model_copy(update={"tensors_hash": digest})
+    (made / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    made.rename(out)
+    return manifest
