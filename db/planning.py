@@ -1,0 +1,150 @@
+"""Planning: what a prepare task resolved becomes samples, runs and shards."""
+
+from collections.abc import Sequence
+from itertools import product
+from math import ceil
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from db.clock import now
+from db.errors import BadInput
+from db.queue import NEW_TASK, Lease, complete, storable
+from db.records import JobState, PlannedBenchmark, PlannedPolicy
+from db.session import Database
+from db.tables import artifact, benchmark, benchmark_name, insert_new, job, run, sample, task
+
+_SAMPLE_FIELDS = ("name", "prompt", "reference", "language", "source_group")
+
+
+def plan_job(
+    db: Database,
+    lease: Lease,
+    *,
+    pinned: dict[str, Any],
+    benchmarks: Sequence[PlannedBenchmark],
+    artifacts: Sequence[tuple[str, str, bytes]],
+    policies: Sequence[PlannedPolicy],
+) -> None:
+    """Write what preparing resolved, and complete the prepare task, in one transaction.
+
+    pinned: everything that could change later; must hold `batch_size` and `shard_batches`.
+    artifacts: (kind, hash, content), written once per hash.
+    Samples are written once per content hash; runs are every policy on every benchmark. Raises `LeaseLost`, and
+    `BadInput` where a benchmark is empty, there twice, or changed under its old name and version.
+    """
+    _check(benchmarks, policies)
+    with db.write() as connection:
+        if not complete(connection, lease):
+            return
+        _keep_artifacts(connection, artifacts)
+        # in one order for all jobs: two that bring the same benchmarks wait for each other, never in a circle
+        ids = {b.content_hash: _keep_benchmark(connection, b) for b in sorted(benchmarks, key=lambda b: b.content_hash)}
+        _add_runs(connection, lease.job_id, benchmarks, ids, policies)
+        ready = update(job).where(job.c.id == lease.job_id).values(state=JobState.READY, pinned=pinned)
+        priority = connection.execute(ready.returning(job.c.priority)).scalar_one()
+        for planned in benchmarks:
+            n_batches = ceil(len(planned.samples) / pinned["batch_size"])
+            benchmark_id = ids[planned.content_hash]
+            _add_shards(connection, lease.job_id, priority, n_batches, pinned["shard_batches"], benchmark_id)
+
+
+def _check(benchmarks: Sequence[PlannedBenchmark], policies: Sequence[PlannedPolicy]) -> None:
+    if not benchmarks or not policies:
+        raise BadInput(
+            f"a job with {len(benchmarks)} benchmarks and {len(policies)} policies has no runs; add what lacks."
+        )
+    seen: dict[str, str] = {}
+    for planned in benchmarks:
+        if not planned.samples:
+            raise BadInput(f"benchmark {planned.name!r} has no samples; widen its source or its options.")
+        if planned.content_hash in seen:
+            raise BadInput(
+                f"benchmark {planned.name!r} has the same samples as {seen[planned.content_hash]!r}; remove one."
+            )
+        seen[planned.content_hash] = planned.name
+        _check_text(planned)
+
+
+def _check_text(planned: PlannedBenchmark) -> None:
+    for fields in planned.samples:
+        for field, value in zip(_SAMPLE_FIELDS, fields, strict=True):
+            if storable(value) != value:
+                raise BadInput(
+                    f"benchmark {planned.name!r}, sample {fields[0]!r}: {field} holds a NUL or half a surrogate pair, "
+                    "which no database keeps; remove it from the source."
+                )
+
+
+def _keep_artifacts(connection: Connection, artifacts: Sequence[tuple[str, str, bytes]]) -> None:
+    for kind, hash, content in sorted(artifacts, key=lambda artifact: artifact[1]):
+        insert_new(connection, artifact, {"hash": hash, "kind": kind, "content": content, "created_at": now()})
+
+
+def _keep_benchmark(connection: Connection, planned: PlannedBenchmark) -> int:
+    """The id of the benchmark with this content, written now unless it was before."""
+    row = {name: getattr(planned, name) for name in ("name", "version", "content_hash", "ends_with_line")}
+    row |= {"n_samples": len(planned.samples), "left_out": list(planned.left_out)}
+    is_new = insert_new(connection, benchmark, row)
+    by_hash = select(benchmark.c.id).where(benchmark.c.content_hash == planned.content_hash)
+    benchmark_id: int = connection.execute(by_hash).scalar_one()
+    if is_new:
+        rows = [dict(zip(_SAMPLE_FIELDS, fields, strict=True)) for fields in planned.samples]
+        connection.execute(
+            insert(sample), [{"benchmark_id": benchmark_id, "position": i} | row for i, row in enumerate(rows)]
+        )
+    _keep_name(connection, planned, benchmark_id)
+    return benchmark_id
+
+
+def _keep_name(connection: Connection, planned: PlannedBenchmark, benchmark_id: int) -> None:
+    """Bind name and version to the content; what they are bound to never changes."""
+    row = {"name": planned.name, "version": planned.version, "benchmark_id": benchmark_id}
+    if insert_new(connection, benchmark_name, row):
+        return
+    bound = connection.execute(
+        select(benchmark.c.id, benchmark.c.content_hash)
+        .join(benchmark_name)
+        .where(benchmark_name.c.name == planned.name, benchmark_name.c.version == planned.version)
+    ).one()
+    if bound.id != benchmark_id:
+        raise BadInput(
+            f"benchmark {planned.name!r} version {planned.version!r} has changed: its content hash was "
+            f"{bound.content_hash[:12]} and is {planned.content_hash[:12]}; give it another name or version."
+        )
+
+
+def _add_runs(
+    connection: Connection,
+    job_id: int,
+    benchmarks: Sequence[PlannedBenchmark],
+    ids: dict[str, int],
+    policies: Sequence[PlannedPolicy],
+) -> None:
+    rows = [
+        {
+            "job_id": job_id,
+            "position": position,
+            "benchmark_id": ids[planned.content_hash],
+            "benchmark": planned.name,
+            "policy": policy.label,
+            "policy_kind": policy.kind,
+            "policy_spec": policy.spec,
+            "score_revision": 1,
+        }
+        for position, (planned, policy) in enumerate(product(benchmarks, policies))
+    ]
+    connection.execute(insert(run), rows)
+
+
+def _add_shards(
+    connection: Connection, job_id: int, priority: int, n_batches: int, shard_batches: int, benchmark_id: int
+) -> None:
+    shard = NEW_TASK | {"job_id": job_id, "kind": "shard", "priority": priority, "benchmark_id": benchmark_id}
+    connection.execute(
+        insert(task),
+        [
+            shard | {"first_batch": first, "end_batch": min(first + shard_batches, n_batches)}
+            for first in range(0, n_batches, shard_batches)
+        ],
+    )

@@ -1,0 +1,224 @@
+"""Reading results back: samples, completions and tokens in the benchmark's order, and what a summary is made of."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, select
+
+from db.errors import BadInput
+from db.jobs import runs_of
+from db.records import CompletionRow, OutcomeRow, RunData, RunRow, SampleRow, TokenBatch
+from db.rollups import rollup_of
+from db.session import Database
+from db.tables import benchmark, job, outcome, run, sample, score, timing
+from db.token_columns import selection, tokens_from
+
+#: samples read in one transaction while streaming
+_WINDOW = 500
+_DECISIONS = np.array(["full", "exit", "stop"], dtype=object)
+_OUTCOME_FIELDS = [name for name in OutcomeRow.__dataclass_fields__ if name != "tokens"]
+_OUTCOME = [outcome.c[name] for name in _OUTCOME_FIELDS]
+_SAMPLE = [sample.c[name] for name in SampleRow.__dataclass_fields__]
+
+
+def samples_of(db: Database, benchmark_id: int, first: int, end: int) -> list[SampleRow]:
+    """Samples at positions `[first, end)` of the benchmark, in order."""
+    chosen = select(*_SAMPLE).where(
+        sample.c.benchmark_id == benchmark_id, sample.c.position >= first, sample.c.position < end
+    )
+    with db.read() as connection:
+        return [SampleRow(*row) for row in connection.execute(chosen.order_by(sample.c.position))]
+
+
+def completions(
+    db: Database, *, run_id: int | None = None, job_id: int | None = None, limit: int | None = None
+) -> Iterator[CompletionRow]:
+    """Of one run or one job, by run, then in the benchmark's order; streamed. Raises `BadInput` for an unknown run."""
+    rows = (row for one in _runs(db, run_id, job_id) for window in _windows(db, one) for row in window)
+    return islice(rows, limit)
+
+
+def tokens(db: Database, *, run_id: int | None = None, job_id: int | None = None) -> Iterator[TokenBatch]:
+    """The columns of the view `token` for one run or one job, by run and sample, in pieces of some thousand rows."""
+    for one in _runs(db, run_id, job_id):
+        for first in range(0, _n_samples(db, one), _WINDOW):
+            with db.read() as connection:
+                columns = [outcome.c.id, outcome.c.sample_id, *selection(db.dialect)]
+                rows = connection.execute(_in_window(one, first, columns)).all()
+            batch = _token_batch(one, db.dialect, [tuple(row) for row in rows])
+            if len(batch):
+                yield batch
+
+
+def run_data(db: Database, run_id: int) -> RunData:
+    """What the run's summary is made of. Raises `BadInput` for an unknown run."""
+    [one] = _runs(db, run_id, None)
+    with db.read() as connection:
+        same_job = [other for other in runs_of(connection, one.job_id) if other.benchmark_id == one.benchmark_id]
+        full = next((other for other in same_job if other.policy_kind == "full"), None)
+        data = _run_data(connection, one)
+        return data if full in (None, one) else replace(data, full=_run_data(connection, full))
+
+
+def _run_data(connection: Connection, one: RunRow) -> RunData:
+    pinned = connection.execute(select(job.c.pinned).where(job.c.id == one.job_id)).scalar_one()
+    sums = rollup_of(connection, one.id)
+    return RunData(
+        run_id=one.id,
+        job_id=one.job_id,
+        policy=one.policy,
+        policy_kind=one.policy_kind,
+        benchmark=one.benchmark,
+        pinned=pinned,
+        **_sample_columns(connection, one),
+        **_batch_columns(connection, one, pinned["batch_size"]),
+        exit_layer_sum=sums.exit_layer_sum,
+        layers_run_sum=sums.layers_run_sum,
+        exit_histogram=sums.exit_histogram,
+        stop_histogram=sums.stop_histogram,
+        decisions={"full": sums.full_tokens, "exit": sums.exit_tokens, "stop": sums.stops},
+    )
+
+
+def _sample_columns(connection: Connection, one: RunRow) -> dict[str, Any]:
+    """One place a sample that has an outcome, in the benchmark's order."""
+    columns = (sample.c.position, sample.c.source_group, outcome)
+    chosen = select(*columns).join(outcome).where(outcome.c.run_id == one.id).order_by(sample.c.position)
+    rows = connection.execute(chosen).all()
+    place = {row.sample_id: i for i, row in enumerate(rows)}
+    return {
+        "sample": np.array([row.position for row in rows], np.int64),
+        "source_group": np.array([row.source_group for row in rows], object),
+        "n_tokens": np.array([row.n_tokens for row in rows], np.int64),
+        "error": np.array([row.error is not None for row in rows], np.bool_),
+        "stopped": np.array([row.finish == "stop" for row in rows], np.bool_),
+        "shown": np.array([row.shown for row in rows], np.bool_),
+        "cut": np.array([row.cut_tokens > 0 for row in rows], np.bool_),
+        "isolated": np.array([row.isolated for row in rows], np.bool_),
+        "scores": _score_columns(connection, one, place),
+    }
+
+
+def _score_columns(connection: Connection, one: RunRow, place: dict[int, int]) -> dict[str, npt.NDArray[np.float64]]:
+    current = (score.c.run_id == one.id, score.c.revision == run.c.score_revision)
+    chosen = select(score.c.metric, score.c.sample_id, score.c.value).join(run).where(*current)
+    columns: dict[str, npt.NDArray[np.float64]] = {}
+    for metric, sample_id, value in connection.execute(chosen):
+        columns.setdefault(metric, np.full(len(place), np.nan))[place[sample_id]] = value
+    return {metric: columns[metric] for metric in sorted(columns)}
+
+
+def _batch_columns(connection: Connection, one: RunRow, batch_size: int) -> dict[str, Any]:
+    """One place a batch, in order. A batch belongs to the source group of its first sample."""
+    first_of_batch = (sample.c.benchmark_id == one.benchmark_id, sample.c.position == timing.c.batch * batch_size)
+    chosen = select(timing, sample.c.source_group).join(sample, and_(*first_of_batch)).where(timing.c.run_id == one.id)
+    rows = connection.execute(chosen.order_by(timing.c.batch)).all()
+    names = ("batch", "prefill_ns", "decode_ns", "decode_tokens", "flops", "ideal_ns")
+    columns: dict[str, Any] = {name: np.array([getattr(row, name) for row in rows], np.int64) for name in names}
+    columns["batch_group"] = np.array([row.source_group for row in rows], object)
+    columns["timed"] = np.array([row.timed for row in rows], np.bool_)
+    return columns
+
+
+def _runs(db: Database, run_id: int | None, job_id: int | None) -> list[RunRow]:
+    with db.read() as connection:
+        if run_id is not None:
+            job_id = connection.execute(select(run.c.job_id).where(run.c.id == run_id)).scalar_one_or_none()
+        rows = [] if job_id is None else runs_of(connection, job_id)
+    rows = [row for row in rows if run_id in (None, row.id)]
+    if run_id is not None and not rows:
+        raise BadInput(f"run {run_id} does not exist; `shortstop show` lists the runs of a job.")
+    return rows
+
+
+def _n_samples(db: Database, one: RunRow) -> int:
+    with db.read() as connection:
+        size = select(benchmark.c.n_samples).where(benchmark.c.id == one.benchmark_id)
+        return int(connection.execute(size).scalar_one())
+
+
+def _in_window(one: RunRow, first: int, columns: Sequence[ColumnElement[Any]]) -> Select[Any]:
+    """Outcomes of the run whose samples are at positions `[first, first + _WINDOW)`, in order."""
+    return (
+        select(*columns)
+        .select_from(sample)
+        .join(outcome, and_(outcome.c.sample_id == sample.c.id, outcome.c.run_id == one.id))
+        .where(
+            sample.c.benchmark_id == one.benchmark_id,
+            sample.c.position >= first,
+            sample.c.position < first + _WINDOW,
+        )
+        .order_by(sample.c.position)
+    )
+
+
+def _windows(db: Database, one: RunRow) -> Iterator[list[CompletionRow]]:
+    """The run's completions, a short transaction each few hundred."""
+    columns = [*_SAMPLE, *_OUTCOME, *selection(db.dialect)]
+    for first in range(0, _n_samples(db, one), _WINDOW):
+        with db.read() as connection:
+            rows = connection.execute(_in_window(one, first, columns)).all()
+            scores = _scores_in_window(connection, one, first)
+        yield [_completion(one, db.dialect, row, scores) for row in rows]
+
+
+def _scores_in_window(connection: Connection, one: RunRow, first: int) -> dict[int, dict[str, float]]:
+    current = and_(score.c.sample_id == sample.c.id, score.c.run_id == one.id)
+    chosen = (
+        select(score.c.sample_id, score.c.metric, score.c.value)
+        .select_from(sample)
+        .join(score, current)
+        .join(run, and_(run.c.id == score.c.run_id, run.c.score_revision == score.c.revision))
+        .where(
+            sample.c.benchmark_id == one.benchmark_id,
+            sample.c.position >= first,
+            sample.c.position < first + _WINDOW,
+        )
+        .order_by(score.c.metric)
+    )
+    found: dict[int, dict[str, float]] = {}
+    for sample_id, metric, value in connection.execute(chosen):
+        found.setdefault(sample_id, {})[metric] = value
+    return found
+
+
+def _completion(one: RunRow, dialect: str, row: Row[Any], scores: dict[int, dict[str, float]]) -> CompletionRow:
+    n = len(_SAMPLE)
+    values = tuple(row)
+    fields = dict(zip(_OUTCOME_FIELDS, values[n : n + len(_OUTCOME)], strict=True))
+    return CompletionRow(
+        run_id=one.id,
+        policy=one.policy,
+        benchmark=one.benchmark,
+        sample=SampleRow(*values[:n]),
+        outcome=OutcomeRow(**fields, tokens=tokens_from(dialect, values[n + len(_OUTCOME) :])),
+        scores=scores.get(fields["sample_id"], {}),
+    )
+
+
+def _token_batch(one: RunRow, dialect: str, rows: Sequence[tuple[Any, ...]]) -> TokenBatch:
+    """rows: (outcome id, sample id, token columns...)."""
+    kept = [(row[0], row[1], arrays) for row in rows if (arrays := tokens_from(dialect, row[2:])) is not None]
+    lengths = [len(arrays) for _, _, arrays in kept]
+    decisions = _joined([arrays.decisions for _, _, arrays in kept], np.int16)
+    return TokenBatch(
+        run_id=np.full(sum(lengths), one.id, np.int64),
+        job_id=np.full(sum(lengths), one.job_id, np.int64),
+        policy=np.full(sum(lengths), one.policy, object),
+        outcome_id=np.repeat(np.array([outcome_id for outcome_id, _, _ in kept], np.int64), lengths),
+        sample_id=np.repeat(np.array([sample_id for _, sample_id, _ in kept], np.int64), lengths),
+        position=_joined([np.arange(1, n + 1) for n in lengths], np.int32),
+        token_id=_joined([arrays.token_ids for _, _, arrays in kept], np.int32),
+        exit_layer=_joined([arrays.exit_layers for _, _, arrays in kept], np.int16),
+        layers_run=_joined([arrays.layers_run for _, _, arrays in kept], np.int16),
+        decision=_DECISIONS[decisions],
+        confidence=_joined([arrays.confidences for _, _, arrays in kept], np.float32),
+    )
+
+
+def _joined(parts: Sequence[npt.NDArray[Any]], dtype: type[Any]) -> npt.NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)

@@ -1,0 +1,134 @@
+"""Results: what a shard leaves behind, and how a job ends."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from db import queue
+from db.clock import now
+from db.errors import RecordError
+from db.jobs import has_open_tasks, last_error, runs_of
+from db.queue import Lease
+from db.readings import completions, run_data, samples_of, tokens
+from db.records import JobState, RunData, ScoreRow, ShardResults, TaskState
+from db.rollups import insert_rollups
+from db.session import Database
+from db.tables import job, run, sample, task, timing
+from db.token_columns import insert_outcomes
+
+__all__ = ["commit_shard", "completions", "finalise", "run_data", "samples_of", "tokens"]
+
+_SCORE_COLUMNS = "run_id, revision, sample_id, metric, version, value"
+
+
+def commit_shard(db: Database, lease: Lease, results: ShardResults, *, split_at: int | None = None) -> None:
+    """Complete a shard together with its results, in one transaction.
+
+    results must hold exactly one outcome for every sample of the shard under every run of its job and benchmark
+    (`RecordError` otherwise). split_at: only batches before this one are finished and in `results`; the rest becomes
+    a ready shard (`db.queue.split`). Safe to repeat after `Unavailable`. Raises `LeaseLost`: nothing was written.
+    """
+    with db.write() as connection:
+        done = _fence(connection, lease, split_at)
+        if done is None:
+            return
+        _check_complete(connection, done, results)
+        insert_outcomes(connection, done.task_id, results.outcomes)
+        _insert_scores(connection, results.scores)
+        if results.timings:
+            connection.execute(insert(timing), [vars(row) for row in results.timings])
+        insert_rollups(connection, done.task_id, results)
+
+
+def _fence(connection: Connection, lease: Lease, split_at: int | None) -> Lease | None:
+    """The shard that this transaction makes done; None where it was done before."""
+    if split_at is None or split_at == lease.end_batch:
+        return lease if queue.complete(connection, lease) else None
+    return queue.split(connection, lease, split_at)
+
+
+def _check_complete(connection: Connection, lease: Lease, results: ShardResults) -> None:
+    """Every sample ends with exactly one outcome under every policy."""
+    batch_size = connection.execute(select(job.c.pinned).where(job.c.id == lease.job_id)).scalar_one()["batch_size"]
+    expected = connection.execute(
+        select(run.c.id, sample.c.id)
+        .join(sample, sample.c.benchmark_id == run.c.benchmark_id)
+        .where(
+            run.c.job_id == lease.job_id,
+            run.c.benchmark_id == lease.benchmark_id,
+            sample.c.position >= lease.first_batch * batch_size,
+            sample.c.position < lease.end_batch * batch_size,
+        )
+    )
+    wanted = {tuple(row) for row in expected}
+    found = [(outcome.run_id, outcome.sample_id) for outcome in results.outcomes]
+    if len(found) != len(wanted) or set(found) != wanted:
+        raise RecordError(
+            f"shard {lease.task_id} needs an outcome for each of {len(wanted)} samples under a policy and got "
+            f"{len(found)}, {len(set(found) & wanted)} of them its own; evaluate its batches again."
+        )
+
+
+def _insert_scores(connection: Connection, scores: list[ScoreRow]) -> None:
+    """Through the driver, COPY on PostgreSQL: a shard has several scores an outcome."""
+    revisions = dict(
+        connection.execute(select(run.c.id, run.c.score_revision).where(run.c.id.in_({s.run_id for s in scores}))).all()
+    )
+    rows = [(s.run_id, revisions[s.run_id], s.sample_id, s.metric, s.version, s.value) for s in scores]
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.name == "sqlite":
+        driver.executemany(f"INSERT INTO score ({_SCORE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", rows)
+        return
+    with driver.cursor() as cursor, cursor.copy(f"COPY score ({_SCORE_COLUMNS}) FROM STDIN") as copy:
+        for row in rows:
+            copy.write_row(row)
+
+
+def finalise(db: Database, job_id: int, summarise: Callable[[RunData], dict[str, Any]]) -> bool:
+    """Once all shards have ended: store every run's summary and end the job (failed where a shard died).
+
+    Idempotent: may be called by anybody at any time. True for the one call that ended the job. `summarise` runs outside
+    any transaction; it is not asked about a run without outcomes.
+    """
+    with db.read() as connection:
+        if not _ready_to_end(connection, job_id):
+            return False
+        rows = runs_of(connection, job_id)
+    data = [run_data(db, row.id) for row in rows]
+    summaries = {one.run_id: summarise(one) for one in data if len(one.sample)}
+    with db.write() as connection:
+        if not _end(connection, job_id):
+            return False
+        for run_id, summary in summaries.items():
+            connection.execute(update(run).where(run.c.id == run_id).values(summary=summary))
+        return True
+
+
+def _ready_to_end(connection: Connection, job_id: int) -> bool:
+    state = connection.execute(select(job.c.state).where(job.c.id == job_id)).scalar_one_or_none()
+    return state in (JobState.READY, JobState.RUNNING) and not has_open_tasks(connection, job_id)
+
+
+def _end(connection: Connection, job_id: int) -> bool:
+    """Move the job to its last state. Of two that try at once one waits for the other, and then finds the job ended."""
+    connection.execute(select(job.c.id).where(job.c.id == job_id).with_for_update())
+    if not _ready_to_end(connection, job_id):
+        return False
+    error = _deaths(connection, job_id)
+    state = JobState.DONE if error is None else JobState.FAILED
+    connection.execute(update(job).where(job.c.id == job_id).values(state=state, error=error, finished_at=now()))
+    return True
+
+
+def _deaths(connection: Connection, job_id: int) -> str | None:
+    """What became of the shards that died; None where all are done."""
+    shards = select(task.c.state).where(
+        task.c.job_id == job_id, task.c.kind == "shard", task.c.state != TaskState.SPLIT
+    )
+    found = connection.execute(shards).scalars().all()
+    dead = found.count(TaskState.DEAD)
+    if dead == 0:
+        return None
+    last = last_error(connection, job_id)
+    return f"{dead} of {len(found)} shards died after {queue.MAX_ATTEMPTS} attempts; last error: {last}"

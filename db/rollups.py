@@ -1,0 +1,127 @@
+"""Rollups: 64-bit sums per (run, shard), written with the results, merged exactly in any order."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import Connection, RowMapping, insert, select
+
+from db.records import OutcomeRow, Rollup, ScoreRow, ShardResults, TimingRow
+from db.session import Database
+from db.tables import rollup as rollup_table
+
+#: scores are summed in billionths
+BILLION = 1_000_000_000
+_FULL, _EXIT, _STOP = 0, 1, 2
+_NAMES = [field.name for field in fields(Rollup)]
+
+
+def rollup(db: Database, run_id: int) -> Rollup:
+    """The run's sums as they stand now."""
+    with db.read() as connection:
+        return rollup_of(connection, run_id)
+
+
+def rollup_of(connection: Connection, run_id: int) -> Rollup:
+    """As `rollup`, inside the caller's transaction."""
+    columns = [rollup_table.c[name] for name in _NAMES]
+    rows = connection.execute(select(*columns).where(rollup_table.c.run_id == run_id))
+    return merge(_from_row(row) for row in rows.mappings())
+
+
+def insert_rollups(connection: Connection, task_id: int, results: ShardResults) -> None:
+    """Write one rollup for each run of the shard."""
+    rows = [{"run_id": run_id, "task_id": task_id} | asdict(sums) for run_id, sums in of_results(results).items()]
+    if rows:
+        connection.execute(insert(rollup_table), rows)
+
+
+def of_results(results: ShardResults) -> dict[int, Rollup]:
+    """The sums of each run in the results."""
+    return {
+        run_id: merge(
+            [
+                _of_outcomes([o for o in results.outcomes if o.run_id == run_id]),
+                _of_timings([t for t in results.timings if t.run_id == run_id]),
+                _of_scores([s for s in results.scores if s.run_id == run_id]),
+            ]
+        )
+        for run_id in sorted({outcome.run_id for outcome in results.outcomes})
+    }
+
+
+def merge(rollups: Iterable[Rollup]) -> Rollup:
+    """Their sum, in Python's integers: it neither rounds nor overflows, whatever the order."""
+    total: dict[str, Any] = asdict(Rollup())
+    for one in rollups:
+        for name in _NAMES:
+            value = getattr(one, name)
+            total[name] = _added(total[name], value) if isinstance(value, dict) else total[name] + value
+    return Rollup(**total)
+
+
+def _added(left: dict[Any, int], right: dict[Any, int]) -> dict[Any, int]:
+    return {key: left.get(key, 0) + right.get(key, 0) for key in sorted(left.keys() | right.keys())}
+
+
+def _of_outcomes(outcomes: list[OutcomeRow]) -> Rollup:
+    tokens = [o.tokens for o in outcomes if o.tokens is not None]
+    exit_layers = _column([t.exit_layers for t in tokens])
+    layers_run = _column([t.layers_run for t in tokens])
+    decisions = _column([t.decisions for t in tokens])
+    stops = decisions == _STOP
+    return Rollup(
+        samples=len(outcomes),
+        errors=sum(o.error is not None for o in outcomes),
+        shown=sum(o.shown for o in outcomes if o.error is None),
+        isolated=sum(o.isolated for o in outcomes),
+        cut_prompts=sum(o.cut_tokens > 0 for o in outcomes),
+        tokens=sum(o.n_tokens for o in outcomes),
+        full_tokens=int((decisions == _FULL).sum()),
+        exit_tokens=int((decisions == _EXIT).sum()),
+        stops=int(stops.sum()),
+        exit_layer_sum=int(exit_layers[~stops].sum()),
+        layers_run_sum=int(layers_run[~stops].sum()),
+        stop_layers_run_sum=int(layers_run[stops].sum()),
+        exit_histogram=_histogram(exit_layers[~stops]),
+        stop_histogram=_histogram(exit_layers[stops]),
+    )
+
+
+def _of_timings(timings: list[TimingRow]) -> Rollup:
+    timed = [t for t in timings if t.timed]
+    return Rollup(
+        timed_batches=len(timed),
+        untimed_batches=len(timings) - len(timed),
+        prefill_ns=sum(t.prefill_ns for t in timed),
+        decode_ns=sum(t.decode_ns for t in timed),
+        decode_tokens=sum(t.decode_tokens for t in timed),
+        ideal_ns=sum(t.ideal_ns for t in timed),
+        flops=sum(t.flops for t in timings),
+    )
+
+
+def _of_scores(scores: list[ScoreRow]) -> Rollup:
+    counts: dict[str, int] = {}
+    sums: dict[str, int] = {}
+    for score in scores:
+        counts[score.metric] = counts.get(score.metric, 0) + 1
+        sums[score.metric] = sums.get(score.metric, 0) + round(score.value * BILLION)
+    return Rollup(score_counts=counts, score_sums=sums)
+
+
+def _column(arrays: list[npt.NDArray[np.int16]]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *arrays]).astype(np.int64)
+
+
+def _histogram(layers: npt.NDArray[np.int64]) -> dict[int, int]:
+    found, counts = np.unique(layers, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def _from_row(row: RowMapping) -> Rollup:
+    """JSON turned the layers into text."""
+    layers = {name: {int(k): n for k, n in row[name].items()} for name in ("exit_histogram", "stop_histogram")}
+    return Rollup(**dict(row) | layers)

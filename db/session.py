@@ -1,0 +1,224 @@
+"""Opening a database: one URL in, short read and write transactions out."""
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from db import schema
+from db.errors import BadInput, RecordError, Unavailable
+
+#: how long a statement waits for a lock; well under a lease of 30 s
+BUSY_SECONDS = 5
+
+#: sqlite3's result codes for a database that is locked, full or out of reach
+_SQLITE_AWAY = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+}
+#: SQLSTATE classes of PostgreSQL: connection, transaction rollback, resources, intervention, lock not available
+_POSTGRESQL_AWAY = ("08", "40", "53", "57", "55P03")
+
+
+class Database:
+    """An open record. Safe to share among threads, not among processes: each process opens its own."""
+
+    def __init__(self, url: URL) -> None:
+        self.url = url.render_as_string(hide_password=False)
+        self.dialect = url.get_backend_name()  #: "sqlite" or "postgresql"
+        self.shown = url.render_as_string(hide_password=True)  #: for messages
+        self._engine = _engine(url)
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A write transaction: committed at the end, rolled back by any exception. Raises `Unavailable`."""
+        with self._transaction("BEGIN IMMEDIATE") as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A read transaction. Raises `Unavailable`."""
+        with self._transaction("BEGIN") as connection:
+            yield connection
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[Connection]:
+        with self.translated(), self._engine.connect() as connection:
+            connection = connection.execution_options(begin=begin)
+            with connection.begin():
+                yield connection
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Turns what the driver raises into a `RecordError`."""
+        try:
+            yield
+        except _driver_errors(self.dialect) as error:
+            raise explained(error, self.shown) from error
+
+
+def open_database(url: str, *, create: bool = True) -> Database:
+    """Open the record at `sqlite:///file` or `postgresql+psycopg://...`.
+
+    A fresh database gets its tables (create=False: is refused). Raises `BadInput` for a URL, folder or file that cannot
+    be used, `OlderSchema`, `NewerSchema`, `Unavailable`.
+    """
+    database = _connect(url, create=create)
+    try:
+        with database.read() as connection:
+            known = schema.check(connection, database.shown)
+        if not known:
+            if not create:
+                raise BadInput(f"database {database.shown} holds no record; submit a job first or name another one.")
+            _migrate(database, only_fresh=True)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def upgrade(url: str) -> tuple[str | None, str]:
+    """Bring a database up to date. Returns the schema's revision before and after. Raises as `open_database` does."""
+    database = _connect(url, create=True)
+    try:
+        return _migrate(database, only_fresh=False)
+    finally:
+        database.close()
+
+
+def _migrate(database: Database, *, only_fresh: bool) -> tuple[str | None, str]:
+    with database.write() as connection:
+        if database.dialect == "postgresql":  # two processes that find the database fresh take turns
+            connection.execute(text("SELECT pg_advisory_xact_lock(5740737)"))
+        if only_fresh and schema.check(connection, database.shown):
+            return schema.head(), schema.head()
+        return schema.migrate(connection, database.shown)
+
+
+def _connect(url: str, *, create: bool) -> Database:
+    """Open without looking at the schema."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise BadInput(f"database {url!r} is no URL; write it like sqlite:///shortstop.db.") from None
+    backend = parsed.get_backend_name()
+    if backend == "sqlite":
+        _prepare_file(parsed, create=create)
+    elif backend != "postgresql":
+        raise BadInput(f"database {url!r}: {backend!r} is not supported; use sqlite:/// or postgresql+psycopg://.")
+    elif parsed.drivername != "postgresql+psycopg":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    try:
+        return Database(parsed)
+    except ImportError:
+        raise BadInput(f"database {url!r} needs the package psycopg; install shortstop[postgres].") from None
+
+
+def _prepare_file(url: URL, *, create: bool) -> None:
+    """Make the folder of a SQLite file, and its write-ahead log, so that readers and the writer do not wait."""
+    if url.database in (None, "", ":memory:"):
+        raise BadInput(
+            f"database {url}: a record in memory cannot be shared; name a file, like sqlite:///shortstop.db."
+        )
+    file = Path(str(url.database))
+    if not create and not file.exists():
+        raise BadInput(f"database file {str(file)!r} does not exist; submit a job first or name another file.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(file, timeout=BUSY_SECONDS, isolation_level=None)
+        try:
+            _switch_to_wal(connection)
+        finally:
+            connection.close()
+    except OSError as error:
+        raise BadInput(
+            f"database folder {str(file.parent)!r} cannot be written ({error.strerror}); name another one."
+        ) from None
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL):
+            raise Unavailable(f"database file {str(file)!r} is busy or its disk full ({error}); try again.") from None
+        raise BadInput(f"database file {str(file)!r} cannot be used ({error}); name another one.") from None
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """The switch ignores the busy timeout, so two processes opening one fresh file would collide without the retry."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+                connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
+
+
+def _engine(url: URL) -> Engine:
+    strict_json = partial(json.dumps, allow_nan=False)  # PostgreSQL has no NaN in JSON; SQLite shall not either
+    if url.get_backend_name() == "postgresql":
+        return create_engine(
+            url,
+            json_serializer=strict_json,
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": 10, "application_name": "shortstop"},
+        )
+    engine = create_engine(url, json_serializer=strict_json)
+    event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _set_up_sqlite(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # transactions are begun by `_begin_sqlite`, not by the driver
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA synchronous = NORMAL")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
+
+
+def _driver_errors(dialect: str) -> tuple[type[Exception], ...]:
+    """What SQLAlchemy raises, and the driver beneath it."""
+    if dialect == "sqlite":
+        return (SQLAlchemyError, sqlite3.Error)
+    import psycopg  # an extra: SQLite needs no driver
+
+    return (SQLAlchemyError, psycopg.Error)
+
+
+def explained(error: Exception, shown: str) -> RecordError:
+    """What SQLAlchemy or the driver raised, as one of ours."""
+    cause = getattr(error, "orig", None) or error
+    complaint = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    if isinstance(error, PoolTimeout) or _away(cause):
+        return Unavailable(f"database {shown} is busy or out of reach ({complaint}); try again.")
+    if getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY:
+        return BadInput(f"database {shown} cannot be written; change its permissions or name another one.")
+    return RecordError(f"database {shown} refused: {complaint}")
+
+
+def _away(cause: BaseException) -> bool:
+    """Whether the driver says that the database is locked, full or out of reach."""
+    if isinstance(cause, sqlite3.Error):
+        return getattr(cause, "sqlite_errorcode", 0) & 0xFF in _SQLITE_AWAY
+    if isinstance(cause, SQLAlchemyError):
+        return False
+    state = getattr(cause, "sqlstate", None)  # None: psycopg lost the connection, or never had one
+    return state is None or str(state).startswith(_POSTGRESQL_AWAY)

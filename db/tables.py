@@ -1,0 +1,250 @@
+"""The tables of the record. `migrations/` creates them; a test holds the two against each other.
+
+Times are seconds since 1970 by the database's clock. The columns of `outcome` that hold its tokens differ by database
+and are known to `db/token_columns.py`; the documented views to `db/queries.py`.
+"""
+
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Connection,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+#: SQLite numbers rows by itself only where the key is a plain INTEGER
+Id = BigInteger().with_variant(Integer, "sqlite")
+
+
+def _refers(name: str, target: str, *, nullable: bool = False) -> Column[Any]:
+    return Column(name, Id, ForeignKey(target), nullable=nullable)
+
+
+job = Table(
+    "job",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("spec", JSON, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("pinned", JSON(none_as_null=True)),
+    Column("error", Text),
+    Column("created_at", Double, nullable=False),
+    Column("started_at", Double),
+    Column("finished_at", Double),
+)
+
+#: content: written once per hash, shared by every job
+benchmark = Table(
+    "benchmark",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("content_hash", Text, nullable=False, unique=True),
+    Column("ends_with_line", Boolean, nullable=False),
+    Column("n_samples", Integer, nullable=False),
+    Column("left_out", JSON, nullable=False),
+)
+
+#: a name and version mean one content for ever
+benchmark_name = Table(
+    "benchmark_name",
+    metadata,
+    Column("name", Text),
+    Column("version", Text),
+    _refers("benchmark_id", "benchmark.id"),
+    PrimaryKeyConstraint("name", "version"),
+)
+
+sample = Table(
+    "sample",
+    metadata,
+    Column("id", Id, primary_key=True),
+    _refers("benchmark_id", "benchmark.id"),
+    Column("position", Integer, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("prompt", Text, nullable=False),
+    Column("reference", Text, nullable=False),
+    Column("language", Text, nullable=False),
+    Column("source_group", Text, nullable=False),
+    UniqueConstraint("benchmark_id", "position"),
+)
+
+artifact = Table(
+    "artifact",
+    metadata,
+    Column("hash", Text, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("content", LargeBinary, nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
+run = Table(
+    "run",
+    metadata,
+    Column("id", Id, primary_key=True),
+    _refers("job_id", "job.id"),
+    Column("position", Integer, nullable=False),
+    _refers("benchmark_id", "benchmark.id"),
+    Column("benchmark", Text, nullable=False),
+    Column("policy", Text, nullable=False),
+    Column("policy_kind", Text, nullable=False),
+    Column("policy_spec", JSON, nullable=False),
+    Column("score_revision", Integer, nullable=False),
+    Column("summary", JSON(none_as_null=True)),
+    UniqueConstraint("job_id", "benchmark_id", "policy"),
+)
+
+task = Table(
+    "task",
+    metadata,
+    Column("id", Id, primary_key=True),
+    _refers("job_id", "job.id"),
+    Column("kind", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("worker", Text),
+    Column("lease_until", Double),
+    Column("run_after", Double, nullable=False),
+    Column("error", Text),
+    # of a shard
+    _refers("benchmark_id", "benchmark.id", nullable=True),
+    Column("first_batch", Integer, nullable=False),
+    Column("end_batch", Integer, nullable=False),
+    Column("done_batches", Integer, nullable=False),
+    _refers("parent_id", "task.id", nullable=True),
+    # of a suspect
+    Column("deaths", Integer, nullable=False),
+    Column("isolated_from", Integer),
+    Column("alone", Integer),
+    Column("guilty", JSON, nullable=False),
+    CheckConstraint("end_batch >= first_batch", name="extent"),
+    Index("ix_task_job_id", "job_id"),
+)
+_READY, _LEASED = task.c.state == "ready", task.c.state == "leased"
+Index(
+    "ix_task_ready",
+    task.c.kind,
+    task.c.priority.desc(),
+    task.c.id,
+    sqlite_where=_READY,
+    postgresql_where=_READY,
+)
+Index("ix_task_leased", task.c.lease_until, sqlite_where=_LEASED, postgresql_where=_LEASED)
+
+#: workers that asked for a shard in vain, and when
+idle_worker = Table(
+    "idle_worker",
+    metadata,
+    Column("worker", Text, primary_key=True),
+    Column("asked_at", Double, nullable=False),
+)
+
+outcome = Table(
+    "outcome",
+    metadata,
+    Column("id", Id, primary_key=True),
+    _refers("run_id", "run.id"),
+    _refers("sample_id", "sample.id"),
+    _refers("task_id", "task.id"),
+    Column("text", Text),
+    Column("error", Text),
+    Column("finish", Text),
+    Column("n_tokens", Integer, nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("cut_tokens", Integer, nullable=False),
+    Column("shown", Boolean, nullable=False),
+    Column("isolated", Boolean, nullable=False),
+    UniqueConstraint("run_id", "sample_id"),
+    CheckConstraint("(text IS NULL) <> (error IS NULL)", name="completion_or_error"),
+)
+
+score = Table(
+    "score",
+    metadata,
+    _refers("run_id", "run.id"),
+    Column("revision", Integer),
+    _refers("sample_id", "sample.id"),
+    Column("metric", Text),
+    Column("version", Text, nullable=False),
+    Column("value", Double, nullable=False),
+    PrimaryKeyConstraint("run_id", "revision", "sample_id", "metric"),
+)
+
+timing = Table(
+    "timing",
+    metadata,
+    _refers("run_id", "run.id"),
+    Column("batch", Integer),
+    Column("rows", Integer, nullable=False),
+    Column("prefill_ns", BigInteger, nullable=False),
+    Column("decode_ns", BigInteger, nullable=False),
+    Column("decode_tokens", BigInteger, nullable=False),
+    Column("flops", BigInteger, nullable=False),
+    Column("ideal_ns", BigInteger, nullable=False),
+    Column("device_class", Text, nullable=False),
+    Column("timed", Boolean, nullable=False),
+    PrimaryKeyConstraint("run_id", "batch"),
+)
+
+_SUMS = (
+    "samples errors shown isolated cut_prompts tokens full_tokens exit_tokens stops exit_layer_sum layers_run_sum"
+    " stop_layers_run_sum timed_batches untimed_batches prefill_ns decode_ns decode_tokens ideal_ns flops"
+)
+
+#: one row a (run, shard): the fields of `db.records.Rollup`
+rollup = Table(
+    "rollup",
+    metadata,
+    _refers("run_id", "run.id"),
+    _refers("task_id", "task.id"),
+    *(Column(name, BigInteger, nullable=False) for name in _SUMS.split()),
+    *(
+        Column(name, JSON, nullable=False)
+        for name in ("exit_histogram", "stop_histogram", "score_counts", "score_sums")
+    ),
+    PrimaryKeyConstraint("run_id", "task_id"),
+)
+
+device_class = Table(
+    "device_class",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("plan", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
+
+def insert_new(connection: Connection, table: Table, values: dict[str, Any]) -> bool:
+    """Insert a row unless its key is there already. True: this call wrote it; the first writer wins."""
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    written = insert(table).values(values).on_conflict_do_nothing().returning(*table.primary_key)
+    return connection.execute(written).first() is not None
