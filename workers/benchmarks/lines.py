@@ -1,0 +1,69 @@
+"""Lines of source code: what a language's files are called, and which of their lines are worth completing."""
+
+import re
+from dataclasses import dataclass
+
+from engine.errors import BadInput
+from engine.registry import unknown
+
+_ONLY_CLOSING = re.compile(r"[\])}][\])},;\s]*")
+
+
+@dataclass(frozen=True)
+class Language:
+    extensions: frozenset[str]
+    line_comments: tuple[str, ...]
+    block_comments: bool  #: `/* … */`
+
+
+def _c_like(*extensions: str, line_comments: tuple[str, ...] = ("//",)) -> Language:
+    return Language(frozenset(extensions), line_comments, block_comments=True)
+
+
+LANGUAGES = {
+    "c": _c_like(".c", ".h"),
+    "cpp": _c_like(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx", ".h"),
+    "csharp": _c_like(".cs"),
+    "go": _c_like(".go"),
+    "java": _c_like(".java"),
+    "javascript": _c_like(".js", ".jsx", ".mjs", ".cjs"),
+    "kotlin": _c_like(".kt", ".kts"),
+    "php": _c_like(".php", line_comments=("//", "#")),
+    "python": Language(frozenset({".py"}), ("#",), block_comments=False),
+    "ruby": Language(frozenset({".rb"}), ("#",), block_comments=False),
+    "rust": _c_like(".rs"),
+    "typescript": _c_like(".ts", ".tsx"),
+}
+
+
+def language_named(name: str) -> Language:
+    """Raises `BadInput` with the nearest known name."""
+    if name not in LANGUAGES:
+        raise BadInput(unknown("language", name, list(LANGUAGES)))
+    return LANGUAGES[name]
+
+
+def substantive_lines(lines: list[str], language: Language) -> list[int]:
+    """Indices of the lines that are not blank, not a comment only and not only closing brackets.
+
+    A block comment counts where it begins its line; text in a string literal, docstrings included, is code.
+    """
+    found = []
+    in_block = False
+    for index, line in enumerate(lines):
+        code, in_block = _without_block_comments(line, in_block) if language.block_comments else (line, False)
+        code = code.strip()
+        if code and not code.startswith(language.line_comments) and not _ONLY_CLOSING.fullmatch(code):
+            found.append(index)
+    return found
+
+
+def _without_block_comments(line: str, in_block: bool) -> tuple[str, bool]:
+    """What is left of a line after the block comments at its beginning, and whether one is still open after it."""
+    while in_block or line.lstrip().startswith("/*"):
+        start = 0 if in_block else line.index("/*") + 2
+        end = line.find("*/", start)
+        if end < 0:
+            return "", True
+        line, in_block = line[end + 2 :], False
+    return line, False

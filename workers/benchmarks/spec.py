@@ -1,0 +1,66 @@
+"""What a caller may ask of a benchmark. No torch, no datasets here."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from engine.errors import BadInput
+from engine.spec import Spec, first_complaint
+
+
+class CatalogueBenchmark(Spec):
+    """A benchmark known by name: `humaneval-lines`, or one that an installed package adds."""
+
+    benchmark: str = Field(min_length=1)
+    samples: int | None = Field(None, ge=1, description="how many, drawn with the seed; all when absent")
+    seed: int = 0
+
+
+class SourceBenchmark(Spec):
+    """The source code in a folder, or of an installed package: the user's own repository is what people care about."""
+
+    source: str = Field(min_length=1, description="a folder, or the name of an installed package")
+    task: Literal["random-cut", "next-line"] = "next-line"
+    language: str = "python"
+    samples: int | None = Field(500, ge=1)
+    seed: int = 0
+    name: str | None = Field(None, min_length=1)
+
+
+class JsonlBenchmark(Spec):
+    """A file of JSON lines (`.jsonl`, `.json`, also `.gz`) whose fields are named here."""
+
+    jsonl: str = Field(min_length=1)
+    prompt: str = "prompt"
+    reference: str = "reference"
+    id: str | None = Field(None, description="field of the sample's id; the line number when absent")
+    group: str | None = Field(None, description="field of the source group; the sample's id when absent")
+    language: str = "python"
+    ends_with_line: bool = Field(True, description="whether a completion ends with its line")
+    samples: int | None = Field(None, ge=1)
+    seed: int = 0
+    name: str | None = Field(None, min_length=1)
+
+
+BenchmarkSpec = Annotated[CatalogueBenchmark | SourceBenchmark | JsonlBenchmark, Field(union_mode="left_to_right")]
+
+_KINDS: dict[str, type[Spec]] = {
+    "benchmark": CatalogueBenchmark,
+    "source": SourceBenchmark,
+    "jsonl": JsonlBenchmark,
+}
+
+
+def parse_benchmark(value: str | dict[str, Any] | Spec) -> Any:
+    """Read `humaneval-lines`, `source:<package or folder>` or one of the three kinds of mapping. Raises `BadInput`."""
+    if isinstance(value, Spec):
+        return value
+    if isinstance(value, str):
+        value = {"source": value.removeprefix("source:")} if value.startswith("source:") else {"benchmark": value}
+    kinds = [kind for kind in _KINDS if isinstance(value, dict) and kind in value]
+    if len(kinds) != 1:
+        raise BadInput(f"benchmark {value!r}: give a name, or a mapping with exactly one of {', '.join(_KINDS)}.")
+    try:
+        return _KINDS[kinds[0]].model_validate(value)
+    except ValidationError as error:
+        raise BadInput(f"benchmark {value[kinds[0]]!r}: {first_complaint(error)}") from None

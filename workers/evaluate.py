@@ -1,0 +1,200 @@
+"""A batch of samples in, outcomes, scores and timings out. Plain Python: no Ray, no SQL.
+
+Each batch is prefilled once; every policy completes it from a copy of that prefill, in an order drawn for the batch;
+texts are scored when all policies are done, so that scoring never disturbs a timing.
+"""
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from db.records import OutcomeRow, SampleRow, ScoreRow, ShardResults, TimingRow, TokenArrays
+from engine.errors import NumericalError
+from engine.record import Completion, Decoded, TokenRecords
+from engine.spec import PolicySpec
+from workers.scoring.metrics import score_text, score_tokens
+
+if TYPE_CHECKING:
+    from engine.engine import Engine, Prefilled
+
+#: what a sample ends with under a policy: a completion, or a sentence that says why there is none
+Ending = Completion | str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One policy of the job on the shard's benchmark."""
+
+    id: int
+    policy: PolicySpec
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the batches of one benchmark of a job are evaluated."""
+
+    engine: "Engine"
+    runs: Sequence[Run]
+    content_hash: str  #: of the benchmark
+    ends_with_line: bool
+    max_new_tokens: int
+    metrics: dict[str, str]  #: name -> version
+    seed: int
+    timed: bool  #: whether the worker is alone on its device
+    #: called before each step that takes long; raises to give the batch up
+    proceed: Callable[[], None] = lambda: None
+
+    def together(self, batch: int, samples: Sequence[SampleRow]) -> ShardResults:
+        """Evaluate a batch; where the model fails on it, evaluate its samples alone."""
+        try:
+            decoded = self._decode_together(batch, samples)
+        except NumericalError:
+            return self.alone(batch, samples)
+        endings: dict[int, list[Ending]] = {run.id: [*decoded[run.id][1].completions] for run in self.runs}
+        timings = [self._timing(run, batch, len(samples), [decoded[run.id]], self.timed) for run in self.runs]
+        return self._results(samples, endings, timings, isolated=False)
+
+    def alone(
+        self,
+        batch: int,
+        samples: Sequence[SampleRow],
+        *,
+        guilty: Collection[int] = (),
+        announce: Callable[[SampleRow], None] = lambda sample: None,
+    ) -> ShardResults:
+        """Evaluate the samples of a batch one by one: isolated, untimed. A sample that cannot be done gets an error.
+
+        guilty: positions of samples that are known to end the process; not tried again.
+        announce: told each sample before anything is done with it.
+        """
+        parts: dict[int, list[tuple[int, Decoded]]] = {run.id: [] for run in self.runs}
+        done = []
+        for sample in samples:
+            endings: dict[int, list[Ending]]
+            if sample.position in guilty:
+                endings = self._all_end("the worker's process ended whenever it did this sample")
+            else:
+                announce(sample)
+                endings = self._decode_alone(sample, parts)
+            done.append(self._results([sample], endings, [], isolated=True))
+        timings = [self._timing(run, batch, len(samples), parts[run.id], timed=False) for run in self.runs]
+        return joined([*done, ShardResults(timings=timings)])
+
+    def order(self, batch: int) -> list[Run]:
+        """The runs in the order in which this batch takes them: random, and the same for whoever does the batch."""
+        runs = list(self.runs)
+        random.Random(f"{self.seed} {self.content_hash} {batch}").shuffle(runs)
+        return runs
+
+    def _decode_together(self, batch: int, samples: Sequence[SampleRow]) -> dict[int, tuple[int, Decoded]]:
+        """For each run, prefill nanoseconds and what decoding gave. Raises `NumericalError`."""
+        self.proceed()
+        prompts = self.engine.encode([sample.prompt for sample in samples], self.max_new_tokens, heal=self.ends_with_line)
+        prefilled = self.engine.prefill(prompts, self.max_new_tokens)
+        decoded = {}
+        for run in self.order(batch):
+            self.proceed()
+            decoded[run.id] = (prefilled.prefill_ns, self._decode(prefilled, run))
+        return decoded
+
+    def _decode_alone(self, sample: SampleRow, parts: dict[int, list[tuple[int, Decoded]]]) -> dict[int, list[Ending]]:
+        """How one sample ends under each run; what was decoded for it is added to `parts`."""
+        self.proceed()
+        prompts = self.engine.encode([sample.prompt], self.max_new_tokens, heal=self.ends_with_line)
+        try:
+            prefilled = self.engine.prefill(prompts, self.max_new_tokens)
+        except NumericalError as error:
+            return self._all_end(str(error))
+        endings: dict[int, list[Ending]] = {}
+        for run in self.runs:
+            self.proceed()
+            try:
+                decoded = self._decode(prefilled, run)
+            except NumericalError as error:
+                endings[run.id] = [str(error)]
+            else:
+                endings[run.id] = [*decoded.completions]
+                parts[run.id].append((prefilled.prefill_ns, decoded))
+        return endings
+
+    def _decode(self, prefilled: "Prefilled", run: Run) -> Decoded:
+        return self.engine.decode(
+            prefilled, run.policy, max_new_tokens=self.max_new_tokens, ends_with_line=self.ends_with_line
+        )
+
+    def _all_end(self, error: str) -> dict[int, list[Ending]]:
+        return {run.id: [error] for run in self.runs}
+
+    def _timing(self, run: Run, batch: int, rows: int, parts: Sequence[tuple[int, Decoded]], timed: bool) -> TimingRow:
+        return TimingRow(
+            run_id=run.id,
+            batch=batch,
+            rows=rows,
+            prefill_ns=sum(prefill_ns for prefill_ns, _ in parts),
+            decode_ns=sum(decoded.decode_ns for _, decoded in parts),
+            decode_tokens=sum(decoded.decode_tokens for _, decoded in parts),
+            flops=sum(decoded.flops for _, decoded in parts),
+            ideal_ns=sum(decoded.ideal_ns for _, decoded in parts),
+            device_class=self.engine.device_class,
+            timed=timed,
+        )
+
+    def _results(
+        self,
+        samples: Sequence[SampleRow],
+        endings: dict[int, list[Ending]],
+        timings: list[TimingRow],
+        *,
+        isolated: bool,
+    ) -> ShardResults:
+        full = next((endings[run.id] for run in self.runs if run.policy.kind == "full"), [None] * len(samples))
+        outcomes, scores = [], []
+        for run in self.runs:
+            for sample, ending, reference in zip(samples, endings[run.id], full, strict=True):
+                outcomes.append(_outcome(run, sample, ending, isolated))
+                if isinstance(ending, Completion):
+                    scores += self._scores(run, sample, ending, reference)
+        return ShardResults(outcomes, scores, timings)
+
+    def _scores(self, run: Run, sample: SampleRow, completion: Completion, full: Ending | None) -> list[ScoreRow]:
+        values = score_text(list(self.metrics), completion.text, sample.reference)
+        if isinstance(full, Completion):
+            values |= score_tokens(list(self.metrics), completion.token_ids, full.token_ids)
+        return [ScoreRow(run.id, sample.id, name, self.metrics[name], value) for name, value in values.items()]
+
+
+def joined(parts: Sequence[ShardResults]) -> ShardResults:
+    """The results of several batches as those of one shard."""
+    return ShardResults(
+        outcomes=[row for part in parts for row in part.outcomes],
+        scores=[row for part in parts for row in part.scores],
+        timings=[row for part in parts for row in part.timings],
+    )
+
+
+def _outcome(run: Run, sample: SampleRow, ending: Ending, isolated: bool) -> OutcomeRow:
+    if isinstance(ending, str):
+        return OutcomeRow(
+            run.id, sample.id, text=None, error=ending, finish=None, n_tokens=0, prompt_tokens=0, cut_tokens=0,
+            shown=False, tokens=None, isolated=isolated,
+        )  # fmt: skip
+    return OutcomeRow(
+        run_id=run.id,
+        sample_id=sample.id,
+        text=ending.text,
+        error=None,
+        finish=ending.finish.value,
+        n_tokens=ending.n_tokens,
+        prompt_tokens=ending.prompt_tokens,
+        cut_tokens=ending.cut_tokens,
+        shown=not (ending.stopped and run.policy.on_stop == "suppress"),
+        tokens=_arrays(ending.records),
+        isolated=isolated,
+    )
+
+
+def _arrays(records: TokenRecords) -> TokenArrays:
+    return TokenArrays(
+        records.token_ids, records.exit_layers, records.layers_run, records.decisions, records.confidences
+    )

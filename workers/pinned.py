@@ -1,0 +1,30 @@
+"""What preparing a job pins, and every worker reads: nothing of it can change while the job lives."""
+
+from engine.spec import Device, DType, Spec
+
+
+class Pinned(Spec):
+    """Kept as JSON in the job's row; the provenance of every figure that the job reports."""
+
+    model: str  #: the name under which a worker finds the model
+    weights_hash: str
+    tokenizer_hash: str
+    n_layers: int
+    vocab_size: int
+    max_context: int
+    exits: str | None = None  #: as the spec named them
+    exits_hash: str | None = None  #: key of the artifact that holds the bundle, and the hash of its files
+    head: str | None = None  #: tied, lens, untied
+    exit_points: tuple[int, ...] = ()
+    device: Device
+    device_class: str
+    dtype: DType
+    threads: int  #: per worker
+    seed: int
+    max_new_tokens: int
+    batch_size: int
+    shard_batches: int
+    metrics: dict[str, str]  #: name -> version
+    benchmarks: dict[str, str]  #: name -> content hash
+    versions: dict[str, str]  #: package -> version
+    git_revision: str | None = None

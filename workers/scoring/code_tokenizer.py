@@ -1,0 +1,31 @@
+"""Words of source code for ROUGE: identifiers, numbers and operators, one token each, whatever the language."""
+
+import re
+
+from rouge_score.tokenizers import Tokenizer
+
+_TOKEN = re.compile(
+    r"""
+      0[xXbBoO][0-9a-fA-F_]+\w*                                  # 0xff, 0b1010u8
+    | (?:\d[\d_]*(?:\.\d[\d_]*)?|(?<![\w)\]])\.\d[\d_]*)         # 12, 1_000, 3.14, .5
+      (?:[eE][+-]?\d+)?\w*                                       # 1e-5, 10L, 2.0f
+    | [^\W\d][\w$]*                                              # identifiers of any script
+    | >>>= | \*\*= | //= | <<= | >>= | >>> | === | !== | <=> | \.\.\. | \.\.= | \?\?= | &&= | \|\|=
+    | -> | => | == | != | <= | >= | := | :: | \+\+ | -- | \*\* | // | << | >> | && | \|\| | \?\? | \?\. | \.\.
+    | \+= | -= | \*= | /= | %= | &= | \|= | \^= | @=
+    | \S                                                         # every other sign stands alone
+    """,
+    re.VERBOSE,
+)
+
+
+def code_tokens(text: str) -> list[str]:
+    """`a+=b1` → `a`, `+=`, `b1`. White space separates and is not kept; upper and lower case differ."""
+    return _TOKEN.findall(text)
+
+
+class CodeTokenizer(Tokenizer):
+    """`code_tokens`, as `rouge_score` asks for it."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return code_tokens(text)
