@@ -1,0 +1,1 @@
+"""The cluster: jobs, the fleet of workers, reports and the command line."""

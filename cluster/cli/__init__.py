@@ -1,0 +1,85 @@
+"""The command line `shortstop`. Nothing heavy is imported before a command needs it.
+
+Exit codes: 0 done, 1 failed, 2 bad input (one sentence on standard error, nothing changed), 130 interrupted;
+3, inconclusive, belongs to the gates.
+"""
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import cluster.errors
+import db.errors
+import engine.errors
+from cluster.cli import catalogue, jobs, machine, query, training
+from cluster.cli.output import note
+
+
+class FrontDoor(TyperGroup):
+    """Says what went wrong in one sentence, and ends with the exit code that belongs to it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (engine.errors.BadInput, db.errors.BadInput) as error:
+            note(f"shortstop: {error}")
+            raise typer.Exit(2) from None
+        except (engine.errors.EngineError, db.errors.RecordError, cluster.errors.ClusterError) as error:
+            note(f"shortstop: {error}")
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=FrontDoor,
+    name="shortstop",
+    help="Measures dynamic inference for code-completion models: how much faster, at what loss of quality.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"shortstop {version('shortstop')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _front(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (
+    jobs.run,
+    jobs.validate,
+    jobs.resume,
+    jobs.list_jobs,
+    jobs.show,
+    jobs.report,
+    query.query,
+    catalogue.models,
+    catalogue.benchmarks,
+    catalogue.policies,
+    training.train,
+    machine.doctor,
+):
+    app.command(name=command.__name__.removesuffix("_jobs"))(command)
+
+database = typer.Typer(help="Look after the database.", no_args_is_help=True)
+database.command()(machine.upgrade)
+app.add_typer(database, name="db")
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,28 @@
+"""Options that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        metavar="URL",
+        help="sqlite:///file or postgresql+psycopg://…; without it the one that the settings name.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--override", "-O", metavar="PATH=VALUE", help="Set a field of the spec, like policies.1.threshold=0.9."
+    ),
+]
+Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="Workers to keep alive on this machine.")]
+Inline = Annotated[bool, typer.Option("--inline", help="Work in this process, without Ray: for debugging.")]
+HtmlFile = Annotated[
+    str | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file as well.")
+]
+SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file; - reads standard input.")]
+JobId = Annotated[int, typer.Argument(metavar="JOB", help="The job's number, as `shortstop list` prints it.")]

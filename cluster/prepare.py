@@ -1,0 +1,239 @@
+"""Preparing a job: everything that could change later is resolved once and pinned."""
+
+import os
+import subprocess
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from math import ceil
+from pathlib import Path
+from platform import python_version
+
+from cluster.spec import JobSpec
+from db import errors as record_errors
+from db import jobs
+from db.queue import Lease
+from db.records import PlannedBenchmark, PlannedPolicy
+from db.session import Database
+from engine.errors import BadInput
+from engine.exits import ExitsManifest, check_policy, check_weights, exits_hash, find_exits, read_manifest
+from engine.loading import ModelFacts, load_tokenizer, resolve_model
+from engine.spec import PolicySpec
+from workers.benchmarks.catalogue import load_benchmark
+from workers.benchmarks.sample import Benchmark
+from workers.bundle import pack
+from workers.holding import Holding, patiently
+from workers.pinned import Pinned
+from workers.scoring.metrics import metrics
+
+#: packages whose version may change a token, a score or a figure
+_VERSIONED = ("shortstop", "torch", "transformers", "tokenizers", "safetensors", "numpy", "rapidfuzz", "rouge-score")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A JobSpec with all its names looked up and all its inputs read."""
+
+    pinned: Pinned
+    benchmarks: list[Benchmark]
+    policies: list[PlannedPolicy]
+    exits: Path | None  #: the bundle's folder
+
+
+@dataclass(frozen=True)
+class ValidatedBenchmark:
+    """What a job would do with one benchmark."""
+
+    name: str
+    version: str
+    content_hash: str
+    samples: int
+    batches: int
+    shards: int
+    left_out: list[str]  #: a sentence for each piece of input that was passed over
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a job would do: the outcome of a dry run."""
+
+    model: str
+    n_layers: int
+    exits: str | None
+    exit_points: tuple[int, ...]
+    policies: list[str]  #: labels, in the report's order
+    benchmarks: list[ValidatedBenchmark]
+
+
+def prepare(db: Database, lease: Lease, *, workers: int = 1) -> None:
+    """Do a prepare task: resolve the job's spec and write its runs and shards.
+
+    workers: how many are to share this machine, for the threads of each where the spec names none. Bad input fails the
+    job with its sentence and is raised: `engine.errors.BadInput` or `db.errors.BadInput`. Raises `LeaseLost`.
+    """
+    spec = JobSpec.model_validate(jobs.job(db, lease.job_id).spec)
+    try:
+        with Holding(db, lease) as holding:
+            resolved = resolve(spec, workers=workers)
+            artifacts = [] if resolved.exits is None else [_artifact(resolved.exits)]
+            holding.check()
+        plan = partial(
+            jobs.plan_job,
+            db,
+            lease,
+            pinned=resolved.pinned.model_dump(mode="json"),
+            benchmarks=[_planned(benchmark) for benchmark in resolved.benchmarks],
+            artifacts=artifacts,
+            policies=resolved.policies,
+        )
+        patiently(plan)
+    except (BadInput, record_errors.BadInput) as error:
+        jobs.fail_job(db, lease.job_id, str(error))
+        raise
+
+
+def validate(spec: JobSpec) -> Validation:
+    """Look up and read all that a job needs, and say what it would do. Writes nothing. Raises `BadInput`."""
+    resolved = resolve(spec)
+    pinned = resolved.pinned
+    return Validation(
+        model=pinned.model,
+        n_layers=pinned.n_layers,
+        exits=pinned.exits,
+        exit_points=pinned.exit_points,
+        policies=[policy.label for policy in resolved.policies],
+        benchmarks=[_validated(benchmark, pinned) for benchmark in resolved.benchmarks],
+    )
+
+
+def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
+    """Look up every name of a spec and read every input. Raises `BadInput`, `WeightsMismatch`."""
+    from engine.device import describe_device_class, find_device
+
+    facts = resolve_model(spec.model)
+    if spec.generation.max_new_tokens >= facts.max_context:
+        raise BadInput(
+            f"generation.max_new_tokens is {spec.generation.max_new_tokens}, but model {facts.name!r} has room for "
+            f"{facts.max_context} tokens, prompt included; ask for fewer."
+        )
+    folder = None if spec.exits is None else find_exits(spec.exits)
+    manifest = None if folder is None else read_manifest(folder)
+    _check_exits(spec.policies, manifest, facts)
+    versions = metric_versions(spec.metrics)
+    benchmarks = _load_benchmarks(spec)
+    device = find_device(spec.device)
+    threads = spec.threads or max(1, cores() // workers)
+    pinned = Pinned(
+        model=facts.name,
+        weights_hash=facts.weights_hash,
+        tokenizer_hash=facts.tokenizer_hash,
+        n_layers=facts.n_layers,
+        vocab_size=facts.vocab_size,
+        max_context=facts.max_context,
+        exits=spec.exits,
+        exits_hash=None if folder is None else exits_hash(folder),
+        head=manifest.head if manifest else None,
+        exit_points=manifest.exit_points if manifest else (),
+        device=device.type,
+        device_class=describe_device_class(device, spec.dtype, threads),
+        dtype=spec.dtype,
+        threads=threads,
+        seed=spec.seed,
+        max_new_tokens=spec.generation.max_new_tokens,
+        batch_size=spec.generation.batch_size,
+        shard_batches=spec.shard_batches,
+        metrics=versions,
+        benchmarks={benchmark.name: benchmark.content_hash for benchmark in benchmarks},
+        versions=_package_versions(),
+        git_revision=_git_revision(),
+    )
+    policies = [_planned_policy(policy, manifest) for policy in spec.policies]
+    return Resolved(pinned, benchmarks, policies, folder)
+
+
+def metric_versions(names: Iterable[str] | None) -> dict[str, str]:
+    """Version by metric name, for all known metrics when no names are given. Raises `UnknownName`."""
+    return {name: metrics[name].version for name in (metrics if names is None else names)}
+
+
+def cores() -> int:
+    """Processor cores that this process may use: its affinity, and the quota of its control group."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(allowed, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control group, or one without a limit
+        return allowed
+
+
+def _check_exits(policies: Iterable[PolicySpec], manifest: ExitsManifest | None, facts: ModelFacts) -> None:
+    if manifest is not None:
+        check_weights(manifest, facts)
+    for policy in policies:
+        check_policy(policy, manifest, facts.n_layers)
+
+
+def _load_benchmarks(spec: JobSpec) -> list[Benchmark]:
+    tokenizer_of = partial(load_tokenizer, spec.model)
+    room = spec.generation.max_new_tokens
+    return [load_benchmark(asked, tokenizer_of=tokenizer_of, max_new_tokens=room) for asked in spec.benchmarks]
+
+
+def _planned(benchmark: Benchmark) -> PlannedBenchmark:
+    return PlannedBenchmark(
+        name=benchmark.name,
+        version=benchmark.version,
+        content_hash=benchmark.content_hash,
+        ends_with_line=benchmark.ends_with_line,
+        samples=[astuple(sample) for sample in benchmark.samples],
+        left_out=benchmark.left_out,
+    )
+
+
+def _planned_policy(policy: PolicySpec, manifest: ExitsManifest | None) -> PlannedPolicy:
+    label = policy.label
+    if policy.kind == "sec" and policy.name is None and manifest is not None and manifest.head == "lens":
+        label = f"sec-lens{label.removeprefix('sec')}"  # the paper's rule, but not the paper's heads
+    return PlannedPolicy(label=label, kind=policy.kind, spec=policy.dump())
+
+
+def _validated(benchmark: Benchmark, pinned: Pinned) -> ValidatedBenchmark:
+    batches = ceil(len(benchmark.samples) / pinned.batch_size)
+    return ValidatedBenchmark(
+        name=benchmark.name,
+        version=benchmark.version,
+        content_hash=benchmark.content_hash,
+        samples=len(benchmark.samples),
+        batches=batches,
+        shards=ceil(batches / pinned.shard_batches),
+        left_out=benchmark.left_out,
+    )
+
+
+def _artifact(folder: Path) -> tuple[str, str, bytes]:
+    return "exits", exits_hash(folder), pack(folder)
+
+
+def _package_versions() -> dict[str, str]:
+    found = {"python": python_version()}
+    for package in _VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_revision() -> str | None:
+    """The commit that Shortstop runs from; None where it was installed from a package."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

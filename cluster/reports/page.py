@@ -1,0 +1,188 @@
+"""The report as one HTML file that needs nothing else and asks nothing of the network.
+
+What models wrote is hostile: every text is escaped by the template, chart data is JSON in which no tag can begin, and
+the page's content security policy runs only the two scripts that stand here, known by their hashes.
+"""
+
+import base64
+import hashlib
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from cluster.reports import figures, formats
+from cluster.reports.model import BenchmarkReport, ExampleToken, JobReport, is_slowdown
+from cluster.reports.notes import benchmark_notes, headline, job_notes
+from engine.errors import BadInput
+
+#: exit layers from the earliest to the latest that occurs, in between blended; light and dark
+RAMP = {"light": ("#7a1fa2", "#2f6fd0", "#0f8a76"), "dark": ("#d39bf7", "#82b1ff", "#45c9ae")}
+
+#: examples that are unfolded when the page opens
+OPEN_EXAMPLES = 2
+
+
+def write_page(report: JobReport, path: Path) -> None:
+    """Write the page to a file. Raises `BadInput` where it cannot be written."""
+    page = render_page(report)
+    try:
+        path.write_text(page, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise BadInput(f"html: {str(path)!r} cannot be written ({error.strerror}); name another file.") from None
+
+
+def render_page(report: JobReport) -> str:
+    """The whole page as text."""
+    layers = figures.exit_layers(report)
+    scripts = {"plotly": _plotly(), "page": _asset("page.js")}
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            report=report,
+            job_notes=job_notes(report),
+            facts=_facts(report),
+            provenance=_provenance(report),
+            layers=layers,
+            ramp={scheme: _ramp(layers, scheme) for scheme in RAMP},
+            charts=Markup(_json_block(_charts(report, layers))),
+            style=Markup(_asset("page.css")),
+            scripts={name: Markup(script) for name, script in scripts.items()},
+            policy=_content_security_policy(list(scripts.values())),
+            open_examples=OPEN_EXAMPLES,
+        )
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("cluster.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {
+        "f": formats,
+        "notes_of": benchmark_notes,
+        "headline": headline,
+        "colour": figures.layer_colour,
+        "is_slowdown": is_slowdown,
+        "tip": _tip,
+        "depth_of": _depth_of,
+    }
+    return environment
+
+
+def _asset(name: str) -> str:
+    return files("cluster.reports").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+@cache
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())
+
+
+def _content_security_policy(scripts: list[str]) -> str:
+    """Nothing is loaded; only these scripts run. plotly places its elements by inline styles."""
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    nothing = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    return f"{nothing}; script-src {allowed}; style-src 'unsafe-inline'; img-src data:"
+
+
+def _json_block(value: Any) -> str:
+    """JSON for a script element: no character in it can end the element or begin a tag."""
+    written = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return written.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _charts(report: JobReport, layers: list[int]) -> dict[str, figures.Figure]:
+    """All figures by the name under which the template places them; those without data are absent."""
+    charts: dict[str, figures.Figure | None] = {}
+    for number, benchmark in enumerate(report.benchmarks):
+        charts[f"scatter-{number}-token"] = figures.scatter(benchmark, "token")
+        charts[f"scatter-{number}-request"] = figures.scatter(benchmark, "request")
+        charts[f"layers-{number}"] = figures.histogram(benchmark, layers)
+    return {name: figure for name, figure in charts.items() if figure}
+
+
+def _ramp(layers: list[int], scheme: str) -> dict[int, str]:
+    """A colour for every exit layer that occurs."""
+    span = max(len(layers) - 1, 1)
+    return {layer: _blend(RAMP[scheme], place / span) for place, layer in enumerate(layers)}
+
+
+def _blend(stops: tuple[str, ...], at: float) -> str:
+    """The colour at `at` (0..1) on a ramp of equally spaced stops."""
+    place = at * (len(stops) - 1)
+    left = min(int(place), len(stops) - 2)
+    low, high = (bytes.fromhex(stop[1:]) for stop in stops[left : left + 2])
+    return "#" + bytes(round(a + (b - a) * (place - left)) for a, b in zip(low, high, strict=True)).hex()
+
+
+def _depth_of(benchmark: BenchmarkReport) -> int:
+    """The model's number of layers, as far as the report knows it."""
+    known = [run.summary.n_layers for run in benchmark.runs if run.summary.n_layers]
+    tokens = [t.exit_layer for example in benchmark.examples for c in example.completions for t in c.tokens]
+    return max([*known, *tokens], default=1)
+
+
+def _tip(token: ExampleToken, depth: int, diverges: bool) -> str:
+    """What is said of a token when it is pointed at."""
+    of = f"layer {token.exit_layer} of {depth}"
+    said = {"full": f"full depth, {of}", "exit": f"exit after {of}", "stop": f"stop at {of}"}[token.decision]
+    if token.probability is not None:
+        said += f" · probability {'of stopping ' if token.decision == 'stop' else ''}{token.probability:.3f}"
+    if token.layers_run != token.exit_layer:
+        said += f" · {token.layers_run} layers run in the end"
+    return f"{said} · first token that differs from full depth" if diverges else said
+
+
+def _facts(report: JobReport) -> list[tuple[str, str]]:
+    """The strip under the title."""
+    pinned, ended, started = report.provenance, report.finished_at, report.started_at
+    took = ended - started if ended is not None and started is not None else None
+    facts = [
+        ("Model", report.model),
+        ("Exits", report.exits or "none"),
+        ("Machine", pinned.get("device_class")),
+        ("Threads", pinned.get("threads")),
+        ("Batch size", pinned.get("batch_size")),
+        ("New tokens", pinned.get("max_new_tokens")),
+        ("Finished", formats.moment(ended) if ended is not None else None),
+        ("Took", formats.duration(took) if took is not None else None),
+    ]
+    return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _provenance(report: JobReport) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Groups of named values: what was pinned, what is nested in it, and the benchmarks."""
+    pinned = report.provenance
+    plain = [(_words(key), _plain(value)) for key, value in pinned.items() if not isinstance(value, dict)]
+    nested = [
+        (_words(key), [(str(name), _plain(inner)) for name, inner in value.items()])
+        for key, value in pinned.items()
+        if isinstance(value, dict) and value and key != "benchmarks"
+    ]
+    benchmarks = [(found.name, f"version {found.version}, {found.content_hash}") for found in report.benchmarks]
+    return [("Job", plain), ("Benchmarks", benchmarks), *nested]
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ").capitalize()
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "none"
+    return json.dumps(value) if isinstance(value, dict) else str(value)

@@ -1,0 +1,75 @@
+r"""Shortstop: measures dynamic inference for code-completion models.
+
+    import shortstop
+
+    engine = shortstop.Engine("smollm2-135m", exits="smollm2-135m")
+    done = engine.complete(["def add(a, b):\n    return"], policy=shortstop.policy("sec", exit=0.9, stop=0.7))
+    report = shortstop.evaluate("examples/demo.yaml")
+    report.table()
+
+Names are imported when they are first used, so that `import shortstop` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.embedded import completions, evaluate, report, tokens
+    from cluster.reports.model import JobReport, RunReport
+    from cluster.spec import JobSpec
+    from db.errors import RecordError
+    from engine.engine import Engine
+    from engine.errors import BadInput, EngineError
+    from engine.record import Completion
+    from engine.spec import PolicySpec, policy
+    from engine.training.spec import TrainSpec
+    from engine.training.train import train
+
+#: where each public name lives
+_HOMES = {
+    "BadInput": "engine.errors",
+    "Completion": "engine.record",
+    "Engine": "engine.engine",
+    "EngineError": "engine.errors",
+    "JobReport": "cluster.reports.model",
+    "JobSpec": "cluster.spec",
+    "PolicySpec": "engine.spec",
+    "RecordError": "db.errors",
+    "RunReport": "cluster.reports.model",
+    "TrainSpec": "engine.training.spec",
+    "completions": "cluster.embedded",
+    "evaluate": "cluster.embedded",
+    "policy": "engine.spec",
+    "report": "cluster.embedded",
+    "tokens": "cluster.embedded",
+    "train": "engine.training.train",
+}
+
+__all__ = [
+    "BadInput",
+    "Completion",
+    "Engine",
+    "EngineError",
+    "JobReport",
+    "JobSpec",
+    "PolicySpec",
+    "RecordError",
+    "RunReport",
+    "TrainSpec",
+    "completions",
+    "evaluate",
+    "policy",
+    "report",
+    "tokens",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shortstop' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
