@@ -40,17 +40,17 @@ class Progress:
 def train(spec: TrainSpec, out: Path, on_progress: Callable[[Progress], None] = lambda _: None) -> ExitsManifest:
     """Train the bundle of a spec into folder `out`. Raises `BadInput`; an interrupted call is gone on with."""
     check_apart(spec.corpus, spec.holdout)
-    work = _work_folder(spec, out)
+    work = out.with_name(out.name + ".work")
+    _check_out(spec, out, work)
     engine = Engine(spec.model, device=spec.device, threads=spec.threads)
     check_exit_points(spec.exit_points, engine.n_layers)
     if spec.shortlist is not None and spec.shortlist > engine.facts.vocab_size:
         raise BadInput(
             f"shortlist is {spec.shortlist}, but the vocabulary of {spec.model!r} has {engine.facts.vocab_size}."
         )
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "spec.json").write_text(spec.model_dump_json())
     corpus = read_corpus(spec.corpus, spec.tokens, spec, engine.tokenizer)
     kept = read_corpus(spec.holdout, spec.holdout_tokens, spec, engine.tokenizer)
+    _open_work(spec, out, work)
 
     def report(stage: str, unit: str) -> Callable[..., None]:
         return lambda done, total, loss=None: on_progress(Progress(stage, done, total, unit, loss))
@@ -82,19 +82,20 @@ def train(spec: TrainSpec, out: Path, on_progress: Callable[[Progress], None] = 
     return written
 
 
-def _work_folder(spec: TrainSpec, out: Path) -> Path:
+def _check_out(spec: TrainSpec, out: Path, work: Path) -> None:
     if (out / MANIFEST).exists():
         raise BadInput(f"out: {out} holds a bundle already; give another folder, or remove that one.")
-    work = out.with_name(out.name + ".work")
     note = work / "spec.json"
     if note.exists() and note.read_text() != spec.model_dump_json():
         raise BadInput(f"out: {work} holds the checkpoint of another spec; give another folder, or remove that one.")
+
+
+def _open_work(spec: TrainSpec, out: Path, work: Path) -> None:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir(exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "spec.json").write_text(spec.model_dump_json())
     except OSError as error:
         raise BadInput(f"out: {out} cannot be written ({error.strerror}); give another folder.") from None
-    return work
 
 
 def _manifest(spec: TrainSpec, engine: Engine, corpus: list[Entry], kept: list[Entry]) -> ExitsManifest:

