@@ -1,0 +1,68 @@
+"""What the cluster's tests share: one tiny model, one undisturbed run of its job, one Ray."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.append(str(Path(__file__).parents[1] / "engine"))
+
+from small_world import World, columns, write_prompts
+
+from cluster import jobs
+from db.session import Database, open_database
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the engine keeps of these models belongs in a temporary folder, here and in every process started here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHORTSTOP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> World:
+    from tiny_models import make_bundle, random_model, save
+
+    folder = tmp_path_factory.mktemp("world")
+    model = save(random_model("llama"), folder / "model")
+    exits = make_bundle(folder / "exits", model)
+    return World(folder, model, exits, write_prompts(folder / "prompts.jsonl"))
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[Database]:
+    database = open_database(f"sqlite:///{tmp_path / 'record.db'}")
+    yield database
+    database.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[object, ...]]:
+    """Text and token columns of the small job, done by one worker in one piece."""
+    database = open_database(f"sqlite:///{tmp_path_factory.mktemp('undisturbed') / 'record.db'}")
+    job_id = jobs.submit(database, world.spec())
+    assert jobs.work(database, job_id, inline=True) is jobs.JobState.DONE
+    found = columns(database, job_id)
+    database.close()
+    return found
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One Ray for all tests that kill nothing but workers."""
+    from cluster.fleet import OBJECT_STORE_BYTES, ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+    yield
+    ray.shutdown()

@@ -1,0 +1,112 @@
+"""A small job on a tiny model, and what must be the same however often its workers die."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cluster.spec import JobSpec
+from db import results
+from db.session import Database
+
+T = TypeVar("T")
+
+POLICIES: list[Any] = [
+    "full",
+    {"confidence": {"threshold": 0.6}},
+    {"patience": {"patience": 1, "kv": "recompute"}},
+    {"sec": {"exit": 0.5, "stop": 0.9, "on_stop": "suppress"}},
+]
+DEADLINE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class World:
+    """A model, exits and prompts on disk."""
+
+    folder: Path
+    model: Path
+    exits: Path
+    prompts: Path
+
+    def spec(self, **changes: Any) -> JobSpec:
+        """12 batches of 4 samples in 3 shards under 4 policies, one thread."""
+        return JobSpec.model_validate(self.fields(**changes))
+
+    def fields(self, **changes: Any) -> dict[str, Any]:
+        return {
+            "name": "small",
+            "model": str(self.model),
+            "exits": str(self.exits),
+            "device": "cpu",
+            "threads": 1,
+            "generation": {"max_new_tokens": 8, "batch_size": 4},
+            "benchmarks": [{"jsonl": str(self.prompts), "id": "id", "group": "file", "ends_with_line": False}],
+            "policies": POLICIES,
+            "metrics": ["es", "accepted", "token_agreement"],  # without the seconds that importing nltk takes
+            "shard_batches": 4,
+        } | changes
+
+    def spec_file(self, file: Path, **changes: Any) -> Path:
+        file.write_text(json.dumps(self.fields(**changes)))  # JSON is YAML
+        return file
+
+
+def write_prompts(file: Path, count: int = 48) -> Path:
+    lines = [
+        {
+            "id": f"s{i}",
+            "file": f"f{i // 5}",
+            "prompt": f"def f{i}(x):\n    y = {i * 37}\n    ret",
+            "reference": f"urn y + {i}",
+        }
+        for i in range(count)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def columns(db: Database, job_id: int) -> dict[tuple[str, str], tuple[Any, ...]]:
+    """Text and token columns by policy and sample: what crashes, workers and shards must not change.
+
+    Fails where a sample has two outcomes under one policy.
+    """
+    found: dict[tuple[str, str], tuple[Any, ...]] = {}
+    for row in results.completions(db, job_id=job_id):
+        key, outcome = (row.policy, row.sample.name), row.outcome
+        assert key not in found, f"two outcomes of {key}"
+        tokens = outcome.tokens
+        arrays = () if tokens is None else tuple(
+            column.tolist()
+            for column in (tokens.token_ids, tokens.exit_layers, tokens.layers_run, tokens.decisions, tokens.confidences)
+        )  # fmt: skip
+        found[key] = (outcome.text, outcome.error, outcome.finish, outcome.n_tokens, outcome.shown, *arrays)
+    return found
+
+
+def rows(db: Database, sql: str) -> list[tuple[Any, ...]]:
+    """What the tests need to know of a SQLite record and no door tells."""
+    with sqlite3.connect(db.url.removeprefix("sqlite:///")) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def wait_for(what: str, look: Callable[[], T | None], seconds: float = DEADLINE_SECONDS) -> T:
+    """The first true answer; fails after the deadline."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        answer = look()
+        if answer:
+            return answer
+        time.sleep(0.02)
+    raise AssertionError(f"not seen within {seconds:.0f} s: {what}")
+
+
+def shortstop(*arguments: str) -> subprocess.Popen[str]:
+    """The command line as a user has it, in a process of its own."""
+    command = [str(Path(sys.executable).parent / "shortstop"), *arguments]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -1,0 +1,167 @@
+"""Training: seeded, resumable, honest about what it learned from, and refused in one sentence where it cannot be."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import own_cache
+
+from engine.engine import Engine
+from engine.errors import BadInput
+from engine.exits import TENSORS, read_manifest
+from engine.training.controller import labels
+from engine.training.heads import HeadTrainer, NotFinite
+from engine.training.spec import TrainSpec
+from engine.training.states import States
+from engine.training.train import Progress, train
+
+
+class PowerCut(Exception):
+    """Ends a training from outside, wherever it is."""
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> TrainSpec:
+    """A tiny model, two folders of code to learn from, and one to be measured on."""
+    monkeypatch.setenv("SHORTSTOP_CACHE", str(tmp_path / "cache"))
+    for name, word in (("one", "alpha"), ("two", "beta"), ("kept", "gamma")):
+        for file in range(6):
+            path = tmp_path / name / "pkg" / f"m{file}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(f"def {word}_{file}_{i}(x):\n    return x + {i}" for i in range(12)))
+    return TrainSpec(
+        model=str(tiny_folder("llama")),
+        corpus=[str(tmp_path / "one"), str(tmp_path / "two")],
+        holdout=[str(tmp_path / "kept")],
+        exit_points=(2, 4),
+        rank=4,
+        shortlist=64,
+        tokens=1000,
+        holdout_tokens=500,
+        context=32,
+        epochs=8,
+        batch_tokens=64,
+        device="cpu",
+    )
+
+
+def cut_at(stage: str, done: int) -> Callable[[Progress], None]:
+    def on_progress(progress: Progress) -> None:
+        if progress.stage == stage and progress.done >= done:
+            raise PowerCut
+
+    return on_progress
+
+
+def changed(spec: TrainSpec, **fields: object) -> TrainSpec:
+    return TrainSpec.model_validate(spec.model_dump() | fields)
+
+
+@pytest.mark.parametrize(("stage", "done"), [("states", 200), ("heads", 60), ("controller", 1)])
+def test_an_interrupted_training_ends_as_an_unbroken_one(
+    world: TrainSpec, tmp_path: Path, stage: str, done: int
+) -> None:
+    train(world, tmp_path / "unbroken")
+    with pytest.raises(PowerCut):
+        train(world, tmp_path / "broken", cut_at(stage, done))
+    assert (tmp_path / "broken.work").is_dir()
+    train(world, tmp_path / "broken")
+
+    whole, resumed = (load_file(tmp_path / name / TENSORS) for name in ("unbroken", "broken"))
+    assert whole.keys() == resumed.keys() == {
+        "shortlist", "controller", "heads.2.down", "heads.2.up", "heads.4.down", "heads.4.up",
+    }  # fmt: skip
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name
+    assert not (tmp_path / "broken.work").exists()
+
+
+@pytest.mark.parametrize("head", ["tied", "lens", "untied"])
+def test_a_trained_bundle_serves_its_model_and_says_how_it_was_made(
+    world: TrainSpec, tmp_path: Path, head: str
+) -> None:
+    spec = changed(world, head=head)
+    train(spec, tmp_path / "bundle")
+    manifest = read_manifest(tmp_path / "bundle")
+    assert manifest.training == spec.model_dump(mode="json")
+    assert [(entry["source"], entry.get("held_out", False)) for entry in manifest.corpus] == [
+        ("one", False), ("two", False), ("kept", True),
+    ]  # fmt: skip
+    assert all(entry["tokens"] > 0 for entry in manifest.corpus)
+    assert set(manifest.scores) == {"2", "4", "full"}
+    with own_cache(tmp_path / "cache"):
+        engine = Engine(spec.model, tmp_path / "bundle", device="cpu")
+    for policy in ({"confidence": {"threshold": 0.0}}, {"sec": {"exit": 0.0, "stop": 1.0}}):
+        [completion] = engine.complete(["def alpha_1_"], policy, max_new_tokens=8)
+        assert set(completion.exit_layers) <= {2, 4, engine.n_layers}
+
+
+def test_lenses_learn(world: TrainSpec, tmp_path: Path) -> None:
+    """More training, more agreement with full depth on what was learned: a wrong loss would not show it."""
+    little, much = (changed(world, epochs=n, holdout=world.corpus[1:], corpus=world.corpus[:1]) for n in (1, 60))
+    scores = [train(spec, tmp_path / str(spec.epochs)).scores["2"]["agrees"] for spec in (little, much)]
+    assert scores[1] > scores[0]
+
+
+def test_labels_are_those_of_sec() -> None:
+    """No layer right: stop. From the first right layer on: exit, even where a later layer errs. Before it: continue."""
+    reference = [7, 7, 7, 7]
+    said = torch.tensor([[7, 1, 7], [1, 7, 1], [1, 1, 1], [1, 1, 1]])
+    full = [7, 1, 7, 1]
+    nothing = torch.zeros((4, 1, 1)).half().numpy()
+    states = States(nothing, torch.tensor(reference).int().numpy(), torch.tensor(full).int().numpy())  # type: ignore[arg-type]
+    go, leave, stop = 0, 1, 2
+    assert labels(said, states).tolist() == [
+        [leave, leave, leave, leave],
+        [go, leave, leave, leave],
+        [go, go, go, leave],
+        [stop, stop, stop, stop],
+    ]
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(
+    world: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = HeadTrainer._train_step
+    monkeypatch.setattr(HeadTrainer, "_train_step", lambda self: float("nan") if self.step == 55 else steps(self))
+    with pytest.raises(NotFinite, match="at step 55"):
+        train(world, tmp_path / "bundle")
+    assert torch.load(tmp_path / "bundle.work" / "heads.pt", weights_only=True)["step"] == 50
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"exit_points": (4, 2)}, "must rise, each once; give [2, 4]"),
+        ({"exit_points": (2, 9)}, "9 is outside the model; give layers from 1 to 6"),
+        ({"corpus": ["no_such_package"]}, "'no_such_package' is neither a folder nor an installed package"),
+        ({"shortlist": 100_000}, "shortlist is 100000, but the vocabulary"),
+        ({"context": 4096, "tokens": 9000}, "no Python file of 4096 tokens or more"),
+    ],
+)
+def test_a_spec_that_cannot_be_trained_is_refused(
+    world: TrainSpec, tmp_path: Path, fields: dict[str, object], says: str
+) -> None:
+    with pytest.raises(BadInput) as refused:
+        train(changed(world, **fields), tmp_path / "bundle")
+    assert says in str(refused.value)
+    assert not (tmp_path / "bundle").exists()
+    assert not (tmp_path / "bundle.work").exists()
+
+
+def test_what_is_measured_must_not_have_been_learned(world: TrainSpec, tmp_path: Path) -> None:
+    inside = str(Path(world.corpus[0]) / "pkg")
+    with pytest.raises(BadInput, match="overlaps the corpus source"):
+        train(changed(world, holdout=[inside]), tmp_path / "bundle")
+
+
+def test_neither_a_bundle_nor_another_specs_checkpoint_is_overwritten(world: TrainSpec, tmp_path: Path) -> None:
+    with pytest.raises(PowerCut):
+        train(world, tmp_path / "bundle", cut_at("heads", 1))
+    with pytest.raises(BadInput, match="the checkpoint of another spec"):
+        train(changed(world, seed=1), tmp_path / "bundle")
+    train(world, tmp_path / "bundle")
+    with pytest.raises(BadInput, match="holds a bundle already"):
+        train(world, tmp_path / "bundle")
