@@ -9,12 +9,10 @@ from pydantic import Field, ValidationError, model_validator
 from engine.errors import BadInput, WeightsMismatch
 from engine.loading import ModelFacts
 from engine.registry import unknown
-from engine.spec import PolicySpec, Spec, first_complaint
+from engine.spec import HeadKind, PolicySpec, Spec, first_complaint
 
 SHIPPED = Path(__file__).parent / "bundles"
 MANIFEST, TENSORS = "exits.json", "exits.safetensors"
-
-HeadKind = Literal["tied", "lens", "untied"]
 
 
 class ExitsManifest(Spec):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.exits import TENSORS, HeadKind, read_manifest
+from engine.exits import TENSORS, read_manifest
+from engine.spec import HeadKind
 from engine.stack import LayerStack
 
 

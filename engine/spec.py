@@ -10,6 +10,7 @@ from engine.registry import Registry
 Probability = Annotated[float, Field(ge=0, le=1)]
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["float32", "bfloat16", "float16"]
+HeadKind = Literal["tied", "lens", "untied"]
 
 
 class Spec(BaseModel):

@@ -62,7 +62,7 @@ def scatter(benchmark: BenchmarkReport, per: Per) -> Figure | None:
             "hovermode": "closest",
             "showlegend": False,
             "xaxis": _axis(f"Speedup per {per}") | {"range": speeds, "ticksuffix": "×", "nticks": 7},
-            "yaxis": _axis("ROUGE-L") | {"range": quality, "nticks": 6, "tickformat": ".2f"},
+            "yaxis": _axis("ROUGE-L") | {"range": quality, "nticks": 6},
             "shapes": [_slow_side(speeds), _line("x", 1.0), _line("y", full.value or 0)],
             "annotations": [
                 _side("← slower", 1.0, "right"),

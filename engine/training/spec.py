@@ -4,8 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from engine.exits import HeadKind
-from engine.spec import Device, Spec
+from engine.spec import Device, HeadKind, Spec
 
 
 class TrainSpec(Spec):
