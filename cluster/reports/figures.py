@@ -137,7 +137,12 @@ def _hover(run: RunReport, speed: Estimate) -> str:
 
 
 def _bold_name(run: RunReport) -> str:
-    return f"<b>{run.mark} · {escape(run.policy)}</b>"
+    return f"<b>{run.mark} · {_plain(run.policy)}</b>"
+
+
+def _plain(name: str) -> str:
+    """A name in which plotly finds no tags; it knows entities, but not that of the quotation mark."""
+    return escape(name, quote=False)
 
 
 def _bracketed(interval: str) -> str:
@@ -283,7 +288,7 @@ def _histogram_height(runs: list[RunReport]) -> int:
 def _row_title(run: RunReport, top: float) -> Figure:
     place = {"x": 0, "y": top, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "top"}
     font = {"size": 12, "color": "var(--ink)"}
-    return _note(f"<b>{run.mark}</b>  {escape(run.policy)}") | place | {"font": font}
+    return _note(f"<b>{run.mark}</b>  {_plain(run.policy)}") | place | {"font": font}
 
 
 def _axis(title: str) -> Figure:

@@ -62,7 +62,7 @@ def render_page(report: JobReport) -> str:
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("cluster.reports"),
-        autoescape=False,
+        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, find_browser
-from invented import report
+from invented import HOSTILE, report
 from test_reports_views import hostile_report
 
 from cluster.reports.model import JobReport
@@ -52,6 +52,7 @@ def test_hostile_text_runs_nothing(browser: Browser, tmp_path: Path) -> None:
     show(browser, hostile_report(), tmp_path)
     assert browser.evaluate("document.images.length + document.scripts.length") == 3
     assert browser.evaluate("document.querySelector('h1').textContent.startsWith('</script><script>')")
+    assert browser.evaluate("document.querySelector('#layers-0 .annotation-text').textContent").endswith(HOSTILE)
     assert browser.seen("Page.javascriptDialogOpening") == []
     assert_quiet(browser)
 
@@ -67,6 +68,7 @@ def test_speed_switches_between_token_and_request(browser: Browser, tmp_path: Pa
 def test_tokens_are_walked_with_the_keyboard(browser: Browser, tmp_path: Path) -> None:
     show(browser, report(), tmp_path)
     browser.evaluate("document.querySelectorAll('[aria-label^=\"Tokens by confidence\"] .t')[0].focus()")
+    browser.evaluate("dispatchEvent(new Event('scroll'))")  # as focus may cause, a moment later
     assert browser.evaluate(f"{TIP}.textContent") == "full depth, layer 30 of 30 · probability 0.875"
     browser.press("ArrowRight")
     assert browser.evaluate(f"{TIP}.textContent") == "exit after layer 24 of 30 · probability 0.875"
@@ -83,6 +85,17 @@ def test_charts_follow_the_colour_scheme(browser: Browser, tmp_path: Path) -> No
     light = browser.evaluate(name)
     browser.prefer("dark")
     browser.wait_for(f"{name} !== '{light}'")
+
+
+def test_charts_keep_their_height_and_take_the_width_of_a_resized_window(browser: Browser, tmp_path: Path) -> None:
+    show(browser, report(), tmp_path)
+    size = "JSON.stringify([...document.querySelectorAll('.chart')].map((c) => c.querySelector('svg').clientHeight))"
+    before = browser.evaluate(size)
+    browser.resize(400, 900)
+    browser.wait_for("document.querySelector('.chart svg').clientWidth < 400")
+    assert browser.evaluate(size) == before
+    fits = "(c) => c.querySelector('svg').clientHeight === c.clientHeight"
+    assert browser.evaluate(f"[...document.querySelectorAll('.chart')].every({fits})")
 
 
 def test_nothing_sticks_out_of_a_narrow_window(browser: Browser, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from made import claimed, planned_job, results_of
@@ -14,6 +15,7 @@ from cluster.reports.page import render_page
 from cluster.reports.terminal import print_report
 from db import jobs, results
 from db.errors import BadInput
+from db.records import Rollup
 from db.rollups import rollup
 from db.session import Database, open_database
 from workers.estimates import summarise
@@ -116,6 +118,16 @@ def test_live_sums_end_where_the_summary_stands(db: Database, finished: int) -> 
         assert {name: e.value for name, e in live.metrics.items()} == pytest.approx(
             {name: e.value for name, e in stored.metrics.items()}
         )
+
+
+def test_a_live_speedup_is_a_ratio_of_sums_over_the_same_batches() -> None:
+    full = Rollup(timed_batches=2, prefill_ns=50, decode_ns=600, decode_tokens=60, ideal_ns=300)
+    run = Rollup(timed_batches=2, prefill_ns=50, decode_ns=240, decode_tokens=30, ideal_ns=120)
+    live = live_summary(run, full, 30)
+    assert (live.speedup_token.value, live.speedup_ideal, live.efficiency) == pytest.approx((1.25, 1.25, 1.0))
+    assert live.speedup_request.value == pytest.approx(650 / 290)
+    unpaired = live_summary(replace(run, timed_batches=1), full, 30)
+    assert (unpaired.speedup_token.value, unpaired.speedup_request.value) == (None, None)
 
 
 def test_examples_are_the_telling_samples(db: Database, finished: int) -> None:

@@ -19,6 +19,7 @@
     const figure = figures[chart.dataset.figure];
     if (!figure) return Plotly.purge(chart);
     const { data, layout } = resolved(figure, getComputedStyle(document.documentElement));
+    chart.style.height = `${layout.height}px`; // plotly asks the element, not the layout, when the window is resized
     Plotly.react(chart, data, layout, { displayModeBar: false, responsive: true });
   };
 
@@ -34,7 +35,9 @@
 
   const tip = document.getElementById("tip");
 
+  const shown = () => document.querySelector("[aria-describedby=tip]");
   const show = (token) => {
+    if (token !== shown()) hide();
     tip.textContent = token.dataset.tip;
     tip.hidden = false;
     token.setAttribute("aria-describedby", "tip");
@@ -45,7 +48,7 @@
   };
   const hide = () => {
     tip.hidden = true;
-    document.querySelectorAll("[aria-describedby=tip]").forEach((token) => token.removeAttribute("aria-describedby"));
+    shown()?.removeAttribute("aria-describedby");
   };
   const token = (event) => event.target.closest?.("[data-tip]");
 
@@ -53,7 +56,8 @@
     document.addEventListener(enter, (event) => token(event) && show(token(event)));
     document.addEventListener(leave, (event) => token(event) && hide());
   }
-  addEventListener("scroll", hide, { passive: true });
+  // Focus may scroll the page after the fact: the tip goes with its token.
+  addEventListener("scroll", () => shown() && show(shown()), { passive: true });
 
   // One tab stop a completion; the arrow keys walk its tokens.
   document.addEventListener("keydown", (event) => {
