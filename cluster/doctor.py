@@ -15,7 +15,7 @@ import db.errors
 import engine.errors
 from cluster.settings import Settings
 
-_PACKAGES = ("torch", "transformers", "ray", "datasets", "SQLAlchemy")
+_PACKAGES = ("torch", "transformers", "ray", "SQLAlchemy")
 _GPU_REMARK = "the GPU path has not been run on a GPU yet"
 
 

@@ -37,11 +37,12 @@ if "ray" not in sys.modules:
 
 import ray  # noqa: E402
 import structlog  # noqa: E402
-from ray.exceptions import RayActorError, RayError  # noqa: E402
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError  # noqa: E402
 
 from cluster.errors import FleetError  # noqa: E402
 from cluster.prepare import cores  # noqa: E402
-from db import jobs, queue  # noqa: E402
+from cluster.reaping import take_back  # noqa: E402
+from db import jobs  # noqa: E402
 from db.errors import BadInput  # noqa: E402
 from db.session import Database, open_database  # noqa: E402
 from workers.holding import patiently  # noqa: E402
@@ -53,6 +54,8 @@ log = structlog.get_logger()
 READY_SECONDS = 120.0
 #: what a worker may take to finish the policy in hand when it is asked to stop
 DRAIN_SECONDS = 30.0
+#: in which Ray finds out what became of a worker that does not answer; a node is given up after 15 s
+LOST_SECONDS = 25.0
 #: deaths in a row, no shard finished in between, after which more of the same is no use; a shard may take four
 MOST_DEATHS = 8
 LONGEST_PAUSE_SECONDS = 30.0
@@ -95,6 +98,7 @@ class _Member:
     ready: Any  #: reference of its first pulse
     node: str | None = None  #: known once it is ready
     working: Any = None  #: reference of `work`, once it is ready
+    lost: float | None = None  #: when contact was lost; `working` then is a pulse that tells what became of it
 
 
 class Fleet:
@@ -161,6 +165,10 @@ class Fleet:
         except KeyboardInterrupt:
             self._drain()
             raise
+        except RayError as error:
+            raise FleetError(
+                f"Ray was lost ({_reason(error)}); what is done is kept, and `shortstop resume {self.job_id}` goes on."
+            ) from error
 
     def pulses(self) -> list[Pulse]:
         """What the workers are at that are ready; may be called from another thread than `run`'s."""
@@ -190,7 +198,7 @@ class Fleet:
         except (ConnectionError, RuntimeError, ValueError, RayError) as error:
             where = f"at {self.ray_address!r}" if self.ray_address else "on this machine"
             raise FleetError(
-                f"Ray {where} cannot be had ({_first_line(error)}); check the address, or work inline."
+                f"Ray {where} cannot be had ({_reason(error)}); check the address, or work inline."
             ) from None
         self._started_ray = True
 
@@ -234,23 +242,37 @@ class Fleet:
     def _hear(self, member: _Member, reference: Any) -> None:
         try:
             answer = ray.get(reference)
+        except ActorUnavailableError as error:
+            self._look_for(member, _reason(error))
         except RayActorError as error:
-            self._bury(member, _first_line(error))
+            self._bury(member, _reason(error), refund=not _is_alive(member.node))
         except Exception as error:  # raised by the worker itself
-            self._bury(member, _first_line(getattr(error, "cause", error)))
+            self._bury(member, _reason(getattr(error, "cause", error)))
         else:
             if member.working is None:
                 _, member.node = answer
                 member.working = member.actor.work.remote(self.job_id)
+            elif member.lost is not None:
+                self._bury(member, "It lives, but what it was asked to do was lost on the way.", refund=True)
             else:
                 self._members.remove(member)  # it saw the job's end
 
-    def _bury(self, member: _Member, reason: str) -> None:
-        """Take a dead worker's lease back at once, and make room for another."""
+    def _look_for(self, member: _Member, reason: str) -> None:
+        """Contact was lost: ask until Ray knows whether the process, its node or the network is to blame."""
+        now = time.monotonic()
+        member.lost = member.lost or now
+        if now - member.lost > LOST_SECONDS:
+            self._bury(member, reason)
+            return
+        time.sleep(0.1)
+        member.working = member.actor.pulse.remote()
+
+    def _bury(self, member: _Member, reason: str, *, refund: bool = False) -> None:
+        """Take a dead worker's lease back at once, and make room for another. refund: the work is not to blame."""
         log.warning("worker died", worker=member.name, reason=reason)
         self._members.remove(member)
         ray.kill(member.actor, no_restart=True)
-        self._take_back([member.name], refund=member.node is not None and not _is_alive(member.node))
+        take_back(self.db, self._id, gone=[member.name], refund=refund)
         self._deaths += 1
         self._next_hiring = time.monotonic() + min(0.25 * 2**self._deaths, LONGEST_PAUSE_SECONDS)
         if self._deaths >= MOST_DEATHS:
@@ -259,25 +281,12 @@ class Fleet:
                 f"{reason} What is done is kept, and `shortstop resume {self.job_id}` goes on."
             )
 
-    def _take_back(self, names: list[str], *, refund: bool) -> None:
-        """refund: the attempt was lost to the node, or to us, not to the work."""
-        for task in patiently(lambda: queue.reap(self.db, dead_workers=names)):
-            self._settle(task, refund=refund and task.worker in names)
-
     def _sweep(self) -> None:
         """Take back what expired, under whatever fleet; see whether shards get done."""
-        for task in queue.reap(self.db):
-            self._settle(task, refund=False)
+        take_back(self.db, self._id)
         done = jobs.progress(self.db, self.job_id).shards.get("done", 0)
         if done > self._done_shards:
             self._done_shards, self._deaths = done, 0
-
-    def _settle(self, task: queue.Reaped, *, refund: bool) -> None:
-        log.warning("lease taken back", task=task.task_id, worker=task.worker, attempt=task.attempt)
-        # Of another fleet's worker we only know that nobody buried it: its fleet went with it.
-        ours, inline = task.worker.startswith(self._id), "-inline-" in task.worker
-        if refund or not (ours or inline):
-            patiently(lambda: queue.refund(self.db, task.task_id, task.epoch))
 
     def _ended(self) -> bool:
         if jobs.finished(self.db, self.job_id):
@@ -315,11 +324,11 @@ class Fleet:
         names = [member.name for member in self._members]
         self._members.clear()
         if names:
-            self._take_back(names, refund=True)
+            take_back(self.db, self._id, gone=names, refund=True)
 
 
-def _is_alive(node_id: str) -> bool:
-    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+def _is_alive(node_id: str | None) -> bool:
+    return node_id is None or any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
 
 
 def _whole_url(db: Database) -> str:
@@ -333,6 +342,9 @@ def _resources(amounts: dict[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in shown.items())
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """What Ray says of a failure, without the pages around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, RayActorError):  # the last line is the reason, be it Ray's own or that of a traceback
+        return lines[-1].split(" Some common causes")[0]
+    return lines[0]

@@ -1,6 +1,7 @@
 """The way of a job: submitted, prepared, worked on until it has ended."""
 
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import structlog
 
 from cluster.prepare import Validation, cores, metric_versions, prepare, validate
+from cluster.reaping import ALONE, take_back
 from cluster.spec import JobSpec
 from db import errors as record_errors
 from db import jobs, queue
@@ -27,7 +29,7 @@ from engine.exits import find_exits, shipped_exits
 from engine.loading import find_model, models
 from engine.spec import Spec
 from workers.benchmarks.catalogue import benchmarks
-from workers.benchmarks.spec import CatalogueBenchmark, JsonlBenchmark, SourceBenchmark
+from workers.benchmarks.spec import CatalogueBenchmark, DatasetBenchmark, JsonlBenchmark, SourceBenchmark
 from workers.holding import patiently
 from workers.pinned import Pinned
 from workers.worker import IDLE_SECONDS, Worker
@@ -89,6 +91,8 @@ def anchored(spec: JobSpec, folder: Path) -> JobSpec:
     def benchmark(asked: Spec) -> Spec:
         if isinstance(asked, JsonlBenchmark):
             return asked.model_copy(update={"jsonl": path(asked.jsonl)})
+        if isinstance(asked, DatasetBenchmark) and Path(path(asked.dataset)).is_dir():
+            return asked.model_copy(update={"dataset": path(asked.dataset)})
         if isinstance(asked, SourceBenchmark) and Path(path(asked.source)).is_dir():
             return asked.model_copy(update={"source": path(asked.source)})
         return asked
@@ -141,13 +145,13 @@ def _report_progress(db: Database, job_id: int, on_progress: Callable[[Progress]
 
 def _see_prepared(db: Database, job_id: int, workers: int, lease_seconds: float) -> None:
     """Prepare the job, or wait for whoever does."""
-    name = f"{socket.gethostname()}-prepare-{os.getpid()}"
+    name = _own_name()
     while jobs.job(db, job_id).state is JobState.PREPARING:
         lease = patiently(lambda: queue.claim(db, name, kind="prepare", lease_seconds=lease_seconds, job_id=job_id))
         if lease is not None:
             _try_prepare(db, lease, workers)
         else:
-            patiently(lambda: queue.reap(db))
+            take_back(db, name)
             time.sleep(IDLE_SECONDS)
 
 
@@ -170,14 +174,16 @@ def _try_prepare(db: Database, lease: Lease, workers: int) -> None:
 
 
 def _work_inline(db: Database, job_id: int, lease_seconds: float, report: Callable[[], None]) -> None:
+    name = _own_name()
+
     def idle() -> None:
-        queue.reap(db)
+        take_back(db, name)
         report()
 
     threads = _pinned(db, job_id).threads
     worker = Worker(
         db,
-        f"{socket.gethostname()}-inline-{os.getpid()}",
+        name,
         timed=threads <= cores(),
         lease_seconds=lease_seconds,
         after_shard=report,
@@ -209,6 +215,10 @@ def _work_with_fleet(
     )
     with fleet, _sigterm_interrupts():  # in this order: Ray brings a handler of its own
         fleet.run(report)
+
+
+def _own_name() -> str:
+    return f"{socket.gethostname()}{ALONE}{os.getpid()}-{secrets.token_hex(3)}"
 
 
 def _pinned(db: Database, job_id: int) -> Pinned:

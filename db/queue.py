@@ -4,7 +4,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Update, and_, delete, exists, insert, literal_column, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Double,
+    RowMapping,
+    Update,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    insert,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from db.clock import now
@@ -74,37 +89,46 @@ class Reaped:
     dead: bool  #: it was the last attempt
 
 
-def claim(
-    db: Database, worker: str, *, kind: str, lease_seconds: float = 30, job_id: int | None = None
-) -> Lease | None:
-    """Take the next ready task of this kind, by priority and age; None when there is none."""
-    wanted = [READY, task.c.kind == kind, task.c.run_after <= now()]
-    if job_id is not None:
-        wanted.append(task.c.job_id == job_id)
+def _claim(*of_job: ColumnElement[bool]) -> ReturningUpdate[Any]:
+    """Built once: building takes longer than running. Parameters: of_kind, by_worker, for_seconds (and of_job)."""
     chosen = (
         select(task.c.id)
-        .where(*wanted)
+        .where(READY, task.c.kind == bindparam("of_kind"), task.c.run_after <= now(), *of_job)
         .order_by(task.c.priority.desc(), task.c.id)
         .limit(1)
         .with_for_update(skip_locked=True)
         .scalar_subquery()
     )
-    take = (
+    return (
         update(task)
         .where(task.c.id == chosen)
         .values(
             state=TaskState.LEASED,
             epoch=task.c.epoch + 1,
             attempt=task.c.attempt + 1,
-            worker=worker,
-            lease_until=now() + lease_seconds,
+            worker=bindparam("by_worker"),
+            lease_until=now() + bindparam("for_seconds", type_=Double),
             done_batches=0,
             alone=None,
         )
         .returning(*task.c)
     )
+
+
+_CLAIM = _claim()
+_CLAIM_OF_JOB = _claim(task.c.job_id == bindparam("of_job"))
+
+
+def claim(
+    db: Database, worker: str, *, kind: str, lease_seconds: float = 30, job_id: int | None = None
+) -> Lease | None:
+    """Take the next ready task of this kind, by priority and age; None when there is none."""
+    asked: dict[str, Any] = {"of_kind": kind, "by_worker": worker, "for_seconds": lease_seconds}
+    take = _CLAIM
+    if job_id is not None:
+        take, asked["of_job"] = _CLAIM_OF_JOB, job_id
     with db.write() as connection:
-        row = connection.execute(take).mappings().one_or_none()
+        row = connection.execute(take, asked).mappings().one_or_none()
         if row is None:
             _remember_idle(connection, worker)
             return None

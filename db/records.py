@@ -255,7 +255,7 @@ class RunData:
     """All that a run's summary is made of, without its tokens.
 
     The first arrays have one place a sample in the benchmark's order, the second one place a batch in order. Samples
-    that have no outcome (their shard died) are absent from both this run's arrays and, through `sample`, alignable.
+    without an outcome (their shard died) and their batches are absent, under every policy of the job alike.
     """
 
     run_id: int

@@ -1,7 +1,7 @@
 """Rollups: 64-bit sums per (run, shard), written with the results, merged exactly in any order."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ def rollup_of(connection: Connection, run_id: int) -> Rollup:
 
 def insert_rollups(connection: Connection, task_id: int, results: ShardResults) -> None:
     """Write one rollup for each run of the shard."""
-    rows = [{"run_id": run_id, "task_id": task_id} | asdict(sums) for run_id, sums in of_results(results).items()]
+    rows = [{"run_id": run_id, "task_id": task_id} | vars(sums) for run_id, sums in of_results(results).items()]
     if rows:
         connection.execute(insert(rollup_table), rows)
 
@@ -54,7 +54,7 @@ def of_results(results: ShardResults) -> dict[int, Rollup]:
 
 def merge(rollups: Iterable[Rollup]) -> Rollup:
     """Their sum, in Python's integers: it neither rounds nor overflows, whatever the order."""
-    total: dict[str, Any] = asdict(Rollup())
+    total: dict[str, Any] = dict(vars(Rollup()))
     for one in rollups:
         for name in _NAMES:
             value = getattr(one, name)

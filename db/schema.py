@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 from alembic import command
 from alembic.config import Config
@@ -11,6 +12,9 @@ from sqlalchemy import Connection, inspect
 
 from db.errors import BadInput, NewerSchema, OlderSchema
 from db.reader import grant_reader
+
+#: Alembic keeps the migration that runs in a global
+_one_at_a_time = Lock()
 
 
 def check(connection: Connection, shown: str) -> bool:
@@ -36,7 +40,8 @@ def migrate(connection: Connection, shown: str) -> tuple[str | None, str]:
         _refuse_newer(found, shown)
     config = _config()
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    with _one_at_a_time:
+        command.upgrade(config, "head")
     if connection.dialect.name == "postgresql":
         grant_reader(connection)
     return found, head()

@@ -57,13 +57,13 @@ class Database:
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[Connection]:
-        with self.translated(), self._engine.connect() as connection:
+        with self._translated(), self._engine.connect() as connection:
             connection = connection.execution_options(begin=begin)
             with connection.begin():
                 yield connection
 
     @contextmanager
-    def translated(self) -> Iterator[None]:
+    def _translated(self) -> Iterator[None]:
         """Turns what the driver raises into a `RecordError`."""
         try:
             yield

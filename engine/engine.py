@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from engine.architectures import build_stack
+from engine.architectures import build_stack, check_family
 from engine.cost import Machine, cost, synchronise
 from engine.decode import Ends, Prefill, decode, prefill
 from engine.device import describe_device_class, find_device
@@ -55,6 +55,8 @@ class Engine:
         if dtype not in get_args(DType):
             raise BadInput(f"dtype is {dtype!r}; give one of {', '.join(get_args(DType))}.")
         if threads is not None:
+            if threads < 1:
+                raise BadInput(f"threads is {threads}; give at least 1, or leave it out.")
             torch.set_num_threads(threads)
         self.threads = torch.get_num_threads()
         self.facts = resolve_model(model)
@@ -65,6 +67,7 @@ class Engine:
         self.exits_hash = None if folder is None else exits_hash(folder)
         if self.manifest is not None:
             check_weights(self.manifest, self.facts)
+        check_family(self.facts.family)
         with torch.inference_mode():
             self.stack = build_stack(load_model(self.facts, dtype).to(self.device))
             self.heads = Heads(self.stack, "tied", (), {}) if folder is None else Heads.load(self.stack, folder)
@@ -122,6 +125,9 @@ class Engine:
     def decode(self, prefilled: Prefilled, policy: PolicySpec, *, max_new_tokens: int, ends_with_line: bool) -> Decoded:
         """Complete a prefilled batch under one policy, timed from the end of prefill. Raises `NumericalError`."""
         rule = build_rule(policy, self.exit_points, self.n_layers)
+        longest, space = max(prefilled.start.prompts), prefilled.start.cache.n_positions
+        if longest + max_new_tokens > space:
+            raise BadInput(f"max_new_tokens is {max_new_tokens}, but prefill left room for {space - longest}.")
         start = Prefill(prefilled.start.cache.copy(), prefilled.start.prompts, prefilled.start.first)
         first = zip(prefilled.prompts, start.first.tokens.tolist(), strict=True)
         ends = Ends(
@@ -156,6 +162,8 @@ class Engine:
         self.check(spec)
         if min(max_new_tokens, batch_size) < 1:
             raise BadInput(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}; both must be at least 1.")
+        if isinstance(prompts, str):
+            raise BadInput("prompts is one string; give a list of strings.")
         encoded = self.encode(prompts, max_new_tokens, heal=ends_with_line)
         done: list[Completion] = []
         for first in range(0, len(encoded), batch_size):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.exits import TENSORS, read_manifest
+from engine.errors import BadInput
+from engine.exits import MANIFEST, TENSORS, ExitsManifest, read_manifest
 from engine.spec import HeadKind
 from engine.stack import LayerStack
 
@@ -49,8 +50,16 @@ class Heads:
 
     @classmethod
     def load(cls, stack: LayerStack, folder: Path) -> "Heads":
-        manifest = read_manifest(folder)
-        return cls(stack, manifest.head, manifest.exit_points, load_file(folder / TENSORS))
+        """Read a bundle. Raises `BadInput` where its tensors are not those that its manifest promises."""
+        manifest, tensors = read_manifest(folder), load_file(folder / TENSORS)
+        for name, shape in _promised(manifest).items():
+            if name not in tensors or tensors[name].shape != shape:
+                found = list(tensors[name].shape) if name in tensors else "missing"
+                raise BadInput(
+                    f"exits {folder}: tensor {name!r} is {found}, but {MANIFEST} promises {list(shape)}; "
+                    "train the bundle again."
+                )
+        return cls(stack, manifest.head, manifest.exit_points, tensors)
 
     @property
     def outputs(self) -> int:
@@ -84,6 +93,23 @@ class Heads:
         """The controller's probabilities [states, 3] of continue, exit and stop, from raw states [states, hidden]."""
         assert self.controller is not None
         return F.linear(states, self.controller).float().softmax(dim=-1)
+
+
+def _promised(manifest: ExitsManifest) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a manifest says there are."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    hidden, outputs = manifest.hidden_size, manifest.shortlist or manifest.vocab_size
+    for point in (point for point in manifest.exit_points if point < manifest.n_layers):
+        if manifest.head == "lens":
+            rank = manifest.rank or 0
+            shapes |= {f"heads.{point}.down": (rank, hidden), f"heads.{point}.up": (hidden, rank)}
+        elif manifest.head == "untied":
+            shapes[f"heads.{point}.weight"] = (outputs, hidden)
+    if manifest.shortlist:
+        shapes["shortlist"] = (manifest.shortlist,)
+    if manifest.controller:
+        shapes["controller"] = (3, hidden)
+    return shapes
 
 
 def lens(states: Tensor, down: Tensor, up: Tensor) -> Tensor:

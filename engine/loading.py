@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -70,6 +71,8 @@ def resolve_model(name: str) -> ModelFacts:
         raise BadInput(
             f"model {name!r}: {folder / 'config.json'} is not JSON ({error}); save the model again."
         ) from None
+    if not isinstance(config, dict):
+        raise BadInput(f"model {name!r}: {folder / 'config.json'} is no JSON object; save the model again.")
     try:
         return ModelFacts(
             name=name,
@@ -89,7 +92,10 @@ def resolve_model(name: str) -> ModelFacts:
 
 def _end_tokens(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     generation = folder / "generation_config.json"
-    settings = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else config
+    try:
+        settings = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else config
+    except ValueError as error:
+        raise BadInput(f"model: {generation} is not JSON ({error}); save the model again.") from None
     ends = settings.get("eos_token_id")
     return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
 
@@ -117,13 +123,22 @@ def load_model(facts: ModelFacts, dtype: str = "float32") -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     with _quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             facts.folder,
             dtype=getattr(torch, dtype),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # refused below, in a sentence
+            output_loading_info=True,
+        )
+    # transformers would go on with random weights in their place.
+    wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
+    if wrong:
+        raise BadInput(
+            f"model {facts.name!r}: config.json does not describe the weights beside it: {len(wrong)} tensors are "
+            f"missing or of another shape, {wrong[0]} first; save the model again."
         )
     return model.eval().requires_grad_(False)
 
@@ -137,7 +152,10 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_fast=True)
     except (OSError, ValueError) as error:
-        raise BadInput(f"model {name!r}: its tokenizer cannot be read from {folder} ({error}).") from None
+        reason = str(error).split("\n", 1)[0]
+        raise BadInput(
+            f"model {name!r}: its tokenizer cannot be read from {folder} ({reason}); save it with save_pretrained."
+        ) from None
     # Prompts longer than the model's context are cut by the engine, which counts them.
     tokenizer.model_max_length = int(1e9)
     return tokenizer
@@ -158,8 +176,9 @@ def weights_hash(folder: Path) -> str:
     except (OSError, ValueError, KeyError):
         pass
     digest = _tensors_hash(files)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(note, json.dumps({"stamp": stamp, "hash": digest}).encode())
+    with suppress(OSError):  # a note saves time next time, no more
+        note.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(note, json.dumps({"stamp": stamp, "hash": digest}).encode())
     return digest
 
 
@@ -169,9 +188,7 @@ def _tensors_hash(files: list[Path]) -> str:
 
     places: dict[str, tuple[Path, dict[str, Any], int]] = {}
     for file in files:
-        with file.open("rb") as handle:
-            size = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(size))
+        header, size = _tensors_header(file)
         for tensor, place in header.items():
             if tensor != "__metadata__":
                 places[tensor] = (file, place, 8 + size)
@@ -185,6 +202,22 @@ def _tensors_hash(files: list[Path]) -> str:
     return total.hexdigest()
 
 
+def _tensors_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file, and its length in bytes. Raises `BadInput` where the file is not whole."""
+    length = file.stat().st_size
+    with file.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        text = handle.read(min(size, length))
+    try:
+        header: dict[str, Any] = json.loads(text)
+        ends = [place["data_offsets"][1] for tensor, place in header.items() if tensor != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        ends = [-1]
+    if 8 + size + max(ends, default=0) != length:
+        raise BadInput(f"{file} is damaged: no whole safetensors file; get it again.")
+    return header, size
+
+
 def _files_hash(files: list[Path]) -> str:
     total = hashlib.sha256()
     for file in files:
@@ -196,12 +229,12 @@ def _files_hash(files: list[Path]) -> str:
 
 def _find_hub_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.txt", "tokenizer.model"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         raise BadInput(

@@ -117,7 +117,7 @@ def parse_policy(value: str | dict[str, Any] | PolicySpec) -> PolicySpec:
         return value
     if isinstance(value, str):
         value = {value: {}}
-    if not (isinstance(value, dict) and len(value) == 1):
+    if not (isinstance(value, dict) and len(value) == 1 and isinstance(next(iter(value)), str)):
         raise BadInput(
             f"policy {value!r}: give a name, or one name with its options, like {{confidence: {{threshold: 0.95}}}}"
         )
@@ -137,11 +137,14 @@ def first_complaint(error: ValidationError) -> str:
     """The first fault that pydantic found, as one sentence with field, value and remedy."""
     fault = error.errors()[0]
     field = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "value_error":  # raised by a validator of ours, whose message is whole
+        return str(fault["ctx"]["error"])
     if fault["type"] == "missing":
         return f"field {field!r} is missing; add it."
     if fault["type"] == "extra_forbidden":
         return f"field {field!r} is not known here; remove it or correct its name."
-    return f"field {field!r} is {fault['input']!r}; {fault['msg'][:1].lower()}{fault['msg'][1:]}."
+    complaint = fault["msg"][:1].lower() + fault["msg"][1:]
+    return f"field {field!r} is {fault['input']!r}; {complaint}." if field else f"{complaint}."
 
 
 def _plain(value: Any) -> str:

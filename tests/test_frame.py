@@ -24,7 +24,7 @@ from engine.training.spec import TrainSpec
 ROOT = Path(__file__).parents[1]
 WINGS = ("cluster", "workers", "engine", "db")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-HEAVY = ("torch", "transformers", "ray", "sqlalchemy", "pandas", "datasets", "numpy")
+HEAVY = ("torch", "transformers", "ray", "sqlalchemy", "pandas", "numpy")
 
 
 def modules_after(code: str) -> set[str]:

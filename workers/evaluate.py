@@ -90,7 +90,9 @@ class Evaluation:
     def _decode_together(self, batch: int, samples: Sequence[SampleRow]) -> dict[int, tuple[int, Decoded]]:
         """For each run, prefill nanoseconds and what decoding gave. Raises `NumericalError`."""
         self.proceed()
-        prompts = self.engine.encode([sample.prompt for sample in samples], self.max_new_tokens, heal=self.ends_with_line)
+        prompts = self.engine.encode(
+            [sample.prompt for sample in samples], self.max_new_tokens, heal=self.ends_with_line
+        )
         prefilled = self.engine.prefill(prompts, self.max_new_tokens)
         decoded = {}
         for run in self.order(batch):

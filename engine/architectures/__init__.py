@@ -26,12 +26,16 @@ def _gpt2(model: "PreTrainedModel") -> LayerStack:
 architectures = Registry("architecture", "architectures", {"llama": _llama, "gpt2": _gpt2})
 
 
-def build_stack(model: "PreTrainedModel") -> LayerStack:
-    """The model's layers as the engine runs them. Raises `BadInput` for a family that nobody has described."""
-    family = model.config.model_type
+def check_family(family: str) -> None:
+    """Whether anybody has described this family. Raises `BadInput`; asked before weights are loaded for nothing."""
     if family not in architectures:
         raise BadInput(
             f"model family {family!r} is not known; known: {', '.join(sorted(architectures))}; "
             f"add one through the entry point group {architectures.group!r}."
         )
-    return architectures[family](model)
+
+
+def build_stack(model: "PreTrainedModel") -> LayerStack:
+    """The model's layers as the engine runs them. Raises `BadInput` for a family that nobody has described."""
+    check_family(model.config.model_type)
+    return architectures[model.config.model_type](model)

@@ -10,7 +10,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.append(str(Path(__file__).parents[1] / "engine"))
 
-from small_world import World, columns, write_prompts
+from small_world import World, bundle, columns, write_prompts
 
 from cluster import jobs
 from db.session import Database, open_database
@@ -26,11 +26,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> World:
-    from tiny_models import make_bundle, random_model, save
+    from tiny_models import random_model, save
 
     folder = tmp_path_factory.mktemp("world")
     model = save(random_model("llama"), folder / "model")
-    exits = make_bundle(folder / "exits", model)
+    exits = bundle(folder / "exits", model)
     return World(folder, model, exits, write_prompts(folder / "prompts.jsonl"))
 
 

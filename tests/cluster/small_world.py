@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,6 +71,13 @@ def write_prompts(file: Path, count: int = 48) -> Path:
     return file
 
 
+def bundle(folder: Path, model: Path, **options: Any) -> Path:
+    """An exit bundle with random heads for the model in a folder."""
+    from tiny_models import facts_of, make_bundle
+
+    return make_bundle(folder, facts_of(model), **options)
+
+
 def columns(db: Database, job_id: int) -> dict[tuple[str, str], tuple[Any, ...]]:
     """Text and token columns by policy and sample: what crashes, workers and shards must not change.
 
@@ -81,10 +88,7 @@ def columns(db: Database, job_id: int) -> dict[tuple[str, str], tuple[Any, ...]]
         key, outcome = (row.policy, row.sample.name), row.outcome
         assert key not in found, f"two outcomes of {key}"
         tokens = outcome.tokens
-        arrays = () if tokens is None else tuple(
-            column.tolist()
-            for column in (tokens.token_ids, tokens.exit_layers, tokens.layers_run, tokens.decisions, tokens.confidences)
-        )  # fmt: skip
+        arrays = () if tokens is None else tuple(getattr(tokens, field.name).tolist() for field in fields(tokens))
         found[key] = (outcome.text, outcome.error, outcome.finish, outcome.n_tokens, outcome.shown, *arrays)
     return found
 

@@ -1,4 +1,4 @@
-"""The command line, as a user has it: answers on standard output, all else beside it, exit codes that mean something."""
+"""The command line as a user has it: answers on standard output, all else beside it, exit codes that mean something."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from small_world import World, shortstop
+from small_world import World, bundle, shortstop
 from typer.testing import CliRunner, Result
 
 from cluster.cli import app
@@ -195,10 +195,10 @@ def test_a_broken_line_of_jsonl_is_named_with_file_and_number(world: World, tmp_
 
 
 def test_exits_of_other_weights_are_refused(world: World, tmp_path: Path) -> None:
-    from tiny_models import make_bundle, random_model, save
+    from tiny_models import random_model, save
 
     other = save(random_model("llama", seed=1), tmp_path / "other")
-    exits = make_bundle(tmp_path / "exits", other)
+    exits = bundle(tmp_path / "exits", other)
     spec = world.spec_file(tmp_path / "spec.yaml", exits=str(exits))
     assert_refused(call("run", spec, "--database", f"sqlite:///{tmp_path / 'record.db'}"), "weights")
 
@@ -206,7 +206,9 @@ def test_exits_of_other_weights_are_refused(world: World, tmp_path: Path) -> Non
 def test_places_that_cannot_be_written_are_refused_before_any_work(world: World, tmp_path: Path) -> None:
     spec = world.spec_file(tmp_path / "spec.yaml")
     url = f"sqlite:///{tmp_path / 'record.db'}"
-    assert_refused(call("run", spec, "--database", url, "--html", tmp_path / "none" / "report.html"), "none")
+    assert_refused(
+        call("run", spec, "--database", url, "--html", tmp_path / "none" / "report.html"), "there is no folder"
+    )
     assert_refused(call("run", spec, "--database", url, "--html", tmp_path), "folder")
     assert not (tmp_path / "record.db").exists()
     assert_refused(call("list", "--database", f"sqlite:///{spec}/record.db"), "spec.yaml")

@@ -19,9 +19,9 @@ def job_id(world: World, db: Database) -> int:
 
 
 def test_workers_that_get_no_place_are_not_waited_for_for_ever(ray_here: None, db: Database, job_id: int) -> None:
-    with Fleet(db, job_id, workers=1, threads=64, ready_seconds=1) as fleet:
-        with pytest.raises(FleetError, match=r"each asks for 64 CPU, and Ray has 4 CPU, 0 GPU"):
-            fleet.run()
+    sentence = "each asks for 64 CPU, and Ray has 4 CPU, 0 GPU"
+    with Fleet(db, job_id, workers=1, threads=64, ready_seconds=1) as fleet, pytest.raises(FleetError, match=sentence):
+        fleet.run()
 
 
 def test_sqlite_is_refused_where_workers_are_elsewhere(

@@ -1,17 +1,18 @@
 """A job from its spec to its summaries, inline: one worker, no Ray."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-from small_world import World, columns, rows
+from small_world import World, bundle, columns, rows
 
 from cluster import jobs
 from db import jobs as record
 from db import queue, results
 from db.errors import BadInput as RecordBadInput
-from db.session import Database
+from db.session import Database, open_database
 from engine.errors import BadInput, WeightsMismatch
 from workers.worker import Worker
 
@@ -38,7 +39,7 @@ def test_a_job_keeps_where_its_answers_came_from(world: World, db: Database) -> 
     assert "1 thread," in pinned["device_class"]
     assert pinned["versions"]["torch"] == torch.__version__
     assert pinned["metrics"]["es"].startswith("es@")
-    [(name, content_hash)] = pinned["benchmarks"].items()
+    [content_hash] = pinned["benchmarks"].values()
     assert record.benchmark(db, record.runs(db, job_id)[0].benchmark_id).content_hash == content_hash
 
 
@@ -51,10 +52,17 @@ def test_the_size_of_shards_does_not_change_completions(
     assert columns(db, job_id) == undisturbed
 
 
-def test_workers_need_nothing_of_the_submitters_exits(world: World, db: Database, tmp_path: Path) -> None:
-    from tiny_models import make_bundle
+def test_postgresql_keeps_the_same_completions(
+    world: World, postgresql_url: str, undisturbed: dict[tuple[str, str], tuple[object, ...]]
+) -> None:
+    with closing(open_database(postgresql_url)) as db:
+        job_id = jobs.submit(db, world.spec())
+        assert jobs.work(db, job_id, inline=True) is jobs.JobState.DONE
+        assert columns(db, job_id) == undisturbed
 
-    exits = make_bundle(tmp_path / "exits", world.model, points=(2, 4), seed=3)
+
+def test_workers_need_nothing_of_the_submitters_exits(world: World, db: Database, tmp_path: Path) -> None:
+    exits = bundle(tmp_path / "exits", world.model, points=(2, 4), seed=3)
     job_id = jobs.submit(db, world.spec(exits="exits"), tmp_path)
     jobs.prepare(db, queue.claim(db, "test", kind="prepare"))
     for file in (*exits.glob("*.json"), *exits.glob("*.safetensors"), world.prompts.rename(tmp_path / "moved")):
@@ -73,9 +81,7 @@ def test_a_suppressed_stop_is_not_shown(undisturbed: dict[tuple[str, str], tuple
 
 
 def test_the_papers_rule_on_other_heads_is_called_so(world: World, tmp_path: Path) -> None:
-    from tiny_models import make_bundle
-
-    make_bundle(tmp_path / "lens", world.model, head="lens")
+    bundle(tmp_path / "lens", world.model, head="lens")
     assert jobs.validate(world.spec(exits=str(tmp_path / "lens"))).policies[3].startswith("sec-lens ")
     assert jobs.validate(world.spec()).policies[3].startswith("sec ")
 
@@ -123,10 +129,10 @@ def test_bad_input_found_while_preparing_fails_the_job(
 
 
 def test_exits_of_other_weights_are_refused(world: World, db: Database, tmp_path: Path) -> None:
-    from tiny_models import make_bundle, random_model, save
+    from tiny_models import random_model, save
 
     other = save(random_model("llama", seed=1), tmp_path / "other")
-    exits = make_bundle(tmp_path / "exits", other)
+    exits = bundle(tmp_path / "exits", other)
     job_id = jobs.submit(db, world.spec(exits=str(exits)))
     with pytest.raises(WeightsMismatch, match="trained for"):
         jobs.work(db, job_id, inline=True)
@@ -163,7 +169,7 @@ def test_weights_that_changed_after_preparing_fail_the_shards(world: World, db: 
 
 def test_a_sample_that_breaks_the_model_is_the_only_one_to_suffer(world: World, db: Database, tmp_path: Path) -> None:
     """One rare token has a broken embedding. Its batch is done again, sample by sample; only its sample fails."""
-    from tiny_models import make_bundle, random_model, save, tiny_tokenizer
+    from tiny_models import random_model, save, tiny_tokenizer
 
     model = random_model("llama untied")
     [rare] = tiny_tokenizer().encode("~")
@@ -176,7 +182,7 @@ def test_a_sample_that_breaks_the_model_is_the_only_one_to_suffer(world: World, 
     (tmp_path / "poisoned.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     spec = world.spec(
         model=str(folder),
-        exits=str(make_bundle(tmp_path / "exits", folder)),
+        exits=str(bundle(tmp_path / "exits", folder)),
         benchmarks=[{"jsonl": str(tmp_path / "poisoned.jsonl"), "id": "id", "ends_with_line": False}],
     )
     job_id = jobs.submit(db, spec)

@@ -74,9 +74,12 @@ def test_workers_that_keep_dying_are_given_up(
 ) -> None:
     monkeypatch.setattr(fleet_module, "MOST_DEATHS", 2)
     job_id = prepared(db, world)
-    with Fleet(db, job_id, workers=1, threads=1) as fleet:
-        with killing(fleet, lambda pulse: True, times=2), pytest.raises(FleetError, match="2 workers died"):
-            fleet.run()
+    with (
+        Fleet(db, job_id, workers=1, threads=1) as fleet,
+        killing(fleet, lambda pulse: True, times=2),
+        pytest.raises(FleetError, match="2 workers died"),
+    ):
+        fleet.run()
     assert not record.job(db, job_id).state.ended
     assert rows(db, "select count(*) from task where state = 'leased'") == [(0,)]
 

@@ -1,6 +1,8 @@
 """Questions in SQL: answered from the documented views, and nothing can be written or seen beyond them."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from made import planned_job, summarise, work
@@ -8,6 +10,7 @@ from made import planned_job, summarise, work
 from db import results
 from db.errors import BadInput
 from db.queries import query
+from db.reader import VIEWS
 from db.session import Database, open_database
 from db.tables import metadata
 
@@ -138,3 +141,21 @@ def test_a_question_does_not_wait_for_a_writer(filled: Database) -> None:
         connection.execute(metadata.tables["run"].update().values(benchmark="half done"))
         assert list(query(filled, "select count(*) from completion where benchmark = 'lines'", timeout_s=2)) == [(22,)]
         connection.rollback()
+
+
+def test_the_documented_questions_and_columns_are_right(filled: Database) -> None:
+    """docs/sql.md: each question runs on both databases, and each column of each view is described."""
+    page = (Path(__file__).parents[2] / "docs" / "sql.md").read_text()
+    questions = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
+    assert len(questions) == 5
+    for sql in questions:
+        assert list(query(filled, sql)), sql
+    for view in VIEWS:
+        [section] = re.findall(rf"## `{view}`.*?(?=\n## )", page, re.DOTALL)
+        with query(filled, f"SELECT * FROM {view}") as answer:
+            missing = [column for column in answer.columns if not described(column, section)]
+        assert missing == [], view
+
+
+def described(column: str, section: str) -> bool:
+    return f"`{column}`" in section or (column.endswith(("_low", "_high")) and "`…_low`, `…_high`" in section)

@@ -39,7 +39,7 @@ def extents(db: Database, job_id: int, *states: str) -> list[tuple[int, int]]:
 
 
 def test_eight_claimers_at_once_never_get_the_same_shard(db: Database) -> None:
-    """Guards the claim: red without SKIP LOCKED's row lock (PostgreSQL) or BEGIN IMMEDIATE (SQLite)."""
+    """Guards the claim: red on PostgreSQL without `with_for_update(skip_locked=True)` in db/queue.py."""
     planned_job(db, 80, batch_size=1, shard_batches=1)
     start = threading.Barrier(8)
 
@@ -168,6 +168,22 @@ def test_an_expired_lease_goes_to_the_next(db: Database) -> None:
     assert (reaped.task_id, reaped.worker, reaped.attempt, reaped.dead) == (lease.task_id, "silent", 1, False)
     assert queue.reap(db) == []
     assert claimed(db, "next").attempt == 2
+
+
+def test_eight_reapers_at_once_count_each_death_once(db: Database) -> None:
+    """Red on SQLite with `BEGIN` for `BEGIN IMMEDIATE` in db/session.py: a reader that turns writer is turned away."""
+    planned_job(db, 24, batch_size=1, shard_batches=1)
+    taken = [claimed(db, "silent").task_id for _ in range(24)]
+    start = threading.Barrier(8)
+
+    def reap_all(_: int) -> list[int]:
+        start.wait()
+        return [one.task_id for _ in range(3) for one in queue.reap(db, dead_workers=["silent"])]
+
+    with ThreadPoolExecutor(8) as pool:
+        reaped = [task_id for ids in pool.map(reap_all, range(8)) for task_id in ids]
+    assert sorted(reaped) == sorted(taken)
+    assert {row(db, task_id).deaths for task_id in taken} == {1}
 
 
 def test_a_renewed_lease_is_left_alone(db: Database) -> None:
@@ -303,11 +319,10 @@ def test_renewal_does_not_wait_for_its_own_commit(postgresql_db: Database) -> No
     """A long commit must not let the lease's renewal hang or fail (on SQLite a commit takes milliseconds)."""
     planned_job(postgresql_db, 2)
     lease = claimed(postgresql_db)
-    with postgresql_db.write() as connection:
+    with ThreadPoolExecutor(1) as pool, postgresql_db.write() as connection:
         queue.complete(connection, lease)
-        with ThreadPoolExecutor(1) as pool:
-            renewal = pool.submit(queue.renew, postgresql_db, lease, 1).result(timeout=5)
-            reaped = pool.submit(queue.reap, postgresql_db, dead_workers=["worker"]).result(timeout=5)
+        renewal = pool.submit(queue.renew, postgresql_db, lease, 1).result(timeout=10)
+        reaped = pool.submit(queue.reap, postgresql_db, dead_workers=["worker"]).result(timeout=10)
     assert renewal == queue.Renewal(cancelled=False, hungry=False)
     assert reaped == [], "nor does the reaper take what is being committed"
 

@@ -28,7 +28,7 @@ def claim_all(url: str, worker: str, start, found) -> None:
 
 
 def test_eight_processes_at_once_never_get_the_same_shard(sqlite_db: Database, sqlite_url: str) -> None:
-    """Red when a claim begins as a reader: `BEGIN` in place of `BEGIN IMMEDIATE` in db/session.py."""
+    """The claim across processes: one statement, one writer at a time, nobody turned away as long as it takes."""
     planned_job(sqlite_db, 120, batch_size=1, shard_batches=1)
     start, found = context.Barrier(8), context.Queue()
     workers = [context.Process(target=claim_all, args=(sqlite_url, f"w{i}", start, found)) for i in range(8)]

@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from tiny_models import make_bundle, open_engine, random_model, save
+from tiny_models import facts_of, make_bundle, open_engine, random_model, save
 from transformers import PreTrainedModel
 
 from engine.engine import Engine
@@ -38,7 +38,7 @@ def tiny_bundle(tiny_folder: Callable[[str], Path]) -> Callable[..., Path]:
     @cache
     def build(kind: str, **bundle: object) -> Path:
         name = "-".join(f"{key}-{value}" for key, value in sorted(bundle.items()))
-        return make_bundle(tiny_folder(kind) / f"exits-{name}", tiny_folder(kind), **bundle)
+        return make_bundle(tiny_folder(kind) / f"exits-{name}", facts_of(tiny_folder(kind)), **bundle)
 
     return build
 
@@ -56,8 +56,7 @@ def _smollm2(_one_thread: None) -> Engine:
 
 @pytest.fixture
 def smollm2(_smollm2: Engine) -> Iterator[Engine]:
-    """The real model, without exits, on two threads."""
-    torch.set_num_threads(2)
+    """The real model, without exits."""
     yield _smollm2
     torch.set_num_threads(1)
 

@@ -1,7 +1,8 @@
 """A second implementation of dynamic inference, slow and plain, written from DESIGN and not from the engine's code.
 
 One prompt at a time, one token at a time, `transformers` does the layers, and the rules are loops over Python numbers.
-`copy` projects the exit state into each skipped layer's keys and values; `recompute` runs the whole text anew for every token.
+`copy` projects the exit state into each skipped layer's keys and values; `recompute` runs the whole text anew for every
+token.
 """
 
 import math
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from engine.engine import Prompt
 from engine.exits import TENSORS, ExitsManifest
 from engine.record import Completion
 from engine.spec import Confidence, Controller, Fixed, Patience, PolicySpec
@@ -85,7 +87,7 @@ def best(values: list[float]) -> tuple[int, float]:
 
 
 def sec_rule(state: list[float], controller: list[list[float]], exit: float, stop: float, last: bool) -> int:
-    """SEC: act only if the class is the argmax and its probability exceeds its threshold; at the end there is only stop."""
+    """SEC: act only if the class is the argmax and its probability exceeds its threshold; at the end only stop."""
     probabilities = softmax([sum(w * x for w, x in zip(row, state, strict=True)) for row in controller])
     winner, _ = best(probabilities)
     if winner == 1 and probabilities[1] > exit and not last:
@@ -128,7 +130,7 @@ class Judge:
             return EXIT if len(recent) == policy.patience + 1 and len(set(recent)) == 1 else CONTINUE
         if isinstance(policy, Controller):
             probabilities = self.judge(state)
-            winner, lead = best(probabilities)
+            _, lead = best(probabilities)
             self._hangs_on(lead)
             self._hangs_on(probabilities[1] - policy.exit)
             self._hangs_on(probabilities[2] - policy.stop)
@@ -298,11 +300,11 @@ def complete_all(
     model: PreTrainedModel,
     bundle: Bundle | None,
     policy: PolicySpec,
-    prompts: list[list[int]],
+    prompts: list[Prompt],
     new: int,
     eos: int | None,
 ) -> list[Written]:
-    return [complete(model, bundle, policy, prompt, new, eos) for prompt in prompts]
+    return [complete(model, bundle, policy, prompt.token_ids, new, eos) for prompt in prompts]
 
 
 def first_difference(mine: Written, theirs: Written) -> int | None:

@@ -52,9 +52,7 @@ BUNDLES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "bundle", "policies"), BUNDLES, ids=[f"{kind}, {bundle}" for kind, bundle, _ in BUNDLES]
-)
+@pytest.mark.parametrize(("kind", "bundle", "policies"), BUNDLES, ids=[kind for kind, _, _ in BUNDLES])
 def test_policies_do_what_the_design_says(
     kind: str,
     bundle: dict[str, object],
@@ -69,7 +67,7 @@ def test_policies_do_what_the_design_says(
     seen: Counter[str] = Counter()
     ties = tokens = 0
     for spec in policies:
-        theirs = complete_all(peer, read, spec, [prompt.token_ids for prompt in PROMPTS], NEW, EOS)
+        theirs = complete_all(peer, read, spec, PROMPTS, NEW, EOS)
         mine = engine.decode(start, spec, max_new_tokens=NEW, ends_with_line=False).completions
         for completion, naive in zip(mine, theirs, strict=True):
             written = as_written(completion)
@@ -131,11 +129,11 @@ def test_sec_rule_at_its_edges(
     """Protects strictness, ties, `1 is off`, and the exit point after the last layer."""
     heads = tiny_engine("llama", head="tied").heads
     wanted = torch.tensor(logits, dtype=torch.float32)
-    plain = Heads(heads.stack, heads.manifest, heads.tensors)
-    plain.controller = torch.eye(3, HIDDEN)  # logits are the state's first three places, to the bit
+    eye = torch.eye(3, HIDDEN)  # logits are the state's first three places, to the bit
+    plain = Heads(heads.stack, "tied", POINTS, {"controller": eye})
     state = torch.zeros(HIDDEN).index_copy(0, torch.arange(3), wanted)
     assert _verdict(plain, policy("sec", exit=exit, stop=stop), point, state[None]) == [expected]
-    assert sec_rule(state.tolist(), plain.controller.tolist(), exit, stop, last=point == N_LAYERS) == expected
+    assert sec_rule(state.tolist(), eye.tolist(), exit, stop, last=point == N_LAYERS) == expected
 
 
 def _verdict(heads: Heads, spec: PolicySpec, point: int, states: torch.Tensor) -> list[int]:
@@ -146,20 +144,16 @@ def _verdict(heads: Heads, spec: PolicySpec, point: int, states: torch.Tensor) -
 
 
 def test_policies_of_states_run_no_head(tiny_engine: Callable[..., Engine]) -> None:
-    """Protects `what a policy needs decides what it costs`: the controller reads states, and only leavers pay a head."""
+    """Protects `what a policy needs decides what it costs`: a rule that reads states runs no head."""
     heads = tiny_engine("llama", head="tied").heads
     states = torch.randn(5, HIDDEN)
-    views = {}
+    predicted = {}
     for spec in (
         policy("controller", exit=0.5, stop=0.5),
         policy("fixed", exit_layer=2),
-        policy("confidence", threshold=0.5),
+        policy("confidence", threshold=0),
     ):
-        rule = build_rule(spec, POINTS, N_LAYERS)
-        views[spec.kind] = View(heads, 2, torch.arange(5), states)
-        rule.decide(views[spec.kind])
-    assert {kind: view.predicted for kind, view in views.items()} == {
-        "controller": False,
-        "fixed": False,
-        "confidence": True,
-    }
+        view = View(heads, 2, torch.arange(5), states)
+        build_rule(spec, POINTS, N_LAYERS).decide(view)
+        predicted[spec.kind] = view.predicted
+    assert predicted == {"controller": False, "fixed": False, "confidence": True}

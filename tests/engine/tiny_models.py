@@ -130,16 +130,21 @@ def own_cache(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_engine(model: Path, exits: Path | None = None) -> Engine:
+def open_engine(model: Path, exits: Path | None = None, **options: str) -> Engine:
     with own_cache(model / "cache"):
-        engine = Engine(str(model), exits, device="cpu")
+        engine = Engine(str(model), exits, device="cpu", **options)
     engine.machine = MACHINE
     return engine
 
 
+def facts_of(model: Path) -> ModelFacts:
+    with own_cache(model / "cache"):
+        return resolve_model(str(model))
+
+
 def make_bundle(
     folder: Path,
-    model: str | Path,
+    facts: ModelFacts,
     *,
     head: str = "tied",
     points: tuple[int, ...] = POINTS,
@@ -148,8 +153,6 @@ def make_bundle(
     seed: int = 0,
 ) -> Path:
     """Write an exit bundle with random heads whose confidences and verdicts differ from token to token."""
-    with own_cache(folder / "cache"):
-        facts = resolve_model(str(model))
     torch.manual_seed(seed)
     tensors = _random_heads(facts, head, points, shortlist)
     if controller:

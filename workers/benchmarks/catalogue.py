@@ -7,6 +7,7 @@ from pathlib import PurePath
 from engine.errors import BadInput
 from engine.registry import Registry
 from engine.spec import Spec
+from workers.benchmarks.dataset import dataset_samples
 from workers.benchmarks.draw import draw
 from workers.benchmarks.files import read_source
 from workers.benchmarks.humaneval import humaneval_lines
@@ -14,7 +15,14 @@ from workers.benchmarks.jsonl import jsonl_samples
 from workers.benchmarks.lines import language_named
 from workers.benchmarks.sample import Benchmark, Sample, content_version
 from workers.benchmarks.source import Tokenizer, next_line_samples, random_cut_samples
-from workers.benchmarks.spec import BenchmarkSpec, CatalogueBenchmark, JsonlBenchmark, SourceBenchmark
+from workers.benchmarks.spec import (
+    BenchmarkSpec,
+    CatalogueBenchmark,
+    DatasetBenchmark,
+    JsonlBenchmark,
+    RecordsBenchmark,
+    SourceBenchmark,
+)
 
 #: of how files become samples; part of the version, so that a changed recipe never passes for the same benchmark
 RECIPE = "1"
@@ -55,7 +63,9 @@ def load_benchmark(spec: BenchmarkSpec, *, tokenizer_of: Callable[[], Tokenizer]
         case SourceBenchmark():
             benchmark = _from_source(spec, tokenizer_of, max_new_tokens)
         case JsonlBenchmark():
-            benchmark = _from_jsonl(spec)
+            benchmark = _from_records(spec, f"jsonl:{_last_part(spec.jsonl)}", jsonl_samples(spec))
+        case DatasetBenchmark():
+            benchmark = _from_records(spec, f"dataset:{_last_part(spec.dataset)}", dataset_samples(spec))
     if not benchmark.samples:
         raise BadInput(_why_empty(benchmark))
     return benchmark
@@ -77,9 +87,9 @@ def _from_source(spec: SourceBenchmark, tokenizer_of: Callable[[], Tokenizer], m
     )
 
 
-def _from_jsonl(spec: JsonlBenchmark) -> Benchmark:
-    name = f"jsonl:{_last_part(spec.jsonl)}{_options(spec, 'samples', 'seed')}"
-    samples = _subset(jsonl_samples(spec), spec.samples, spec.seed)
+def _from_records(spec: RecordsBenchmark, name: str, whole: list[Sample]) -> Benchmark:
+    samples = _subset(whole, spec.samples, spec.seed)
+    name = f"{name}{_options(spec, 'split', 'config', 'samples', 'seed')}"
     return Benchmark(spec.name or name, _version(spec, samples), spec.ends_with_line, samples)
 
 
@@ -102,7 +112,7 @@ def _subset(samples: list[Sample], count: int | None, seed: int) -> list[Sample]
     return [samples[place] for place in sorted(places[group][index] for group, index in drawn)]
 
 
-def _version(spec: SourceBenchmark | JsonlBenchmark, samples: list[Sample]) -> str:
+def _version(spec: SourceBenchmark | RecordsBenchmark, samples: list[Sample]) -> str:
     return RECIPE if spec.name else content_version(RECIPE, samples)
 
 

@@ -27,13 +27,12 @@ class SourceBenchmark(Spec):
     name: str | None = Field(None, min_length=1)
 
 
-class JsonlBenchmark(Spec):
-    """A file of JSON lines (`.jsonl`, `.json`, also `.gz`) whose fields are named here."""
+class RecordsBenchmark(Spec):
+    """Records that say prompt and reference themselves, in fields that are named here."""
 
-    jsonl: str = Field(min_length=1)
     prompt: str = "prompt"
     reference: str = "reference"
-    id: str | None = Field(None, description="field of the sample's id; the line number when absent")
+    id: str | None = Field(None, description="field of the sample's id; the record's number when absent")
     group: str | None = Field(None, description="field of the source group; the sample's id when absent")
     language: str = "python"
     ends_with_line: bool = Field(True, description="whether a completion ends with its line")
@@ -42,17 +41,34 @@ class JsonlBenchmark(Spec):
     name: str | None = Field(None, min_length=1)
 
 
-BenchmarkSpec = Annotated[CatalogueBenchmark | SourceBenchmark | JsonlBenchmark, Field(union_mode="left_to_right")]
+class JsonlBenchmark(RecordsBenchmark):
+    """A file of JSON lines: `.jsonl`, `.json`, also `.gz`."""
+
+    jsonl: str = Field(min_length=1)
+
+
+class DatasetBenchmark(RecordsBenchmark):
+    """A dataset of the library `datasets`: a folder that `save_to_disk` wrote, or a hub id."""
+
+    dataset: str = Field(min_length=1)
+    split: str = "test"
+    config: str | None = Field(None, description="the dataset's configuration, where it has several")
+
+
+BenchmarkSpec = Annotated[
+    CatalogueBenchmark | SourceBenchmark | JsonlBenchmark | DatasetBenchmark, Field(union_mode="left_to_right")
+]
 
 _KINDS: dict[str, type[Spec]] = {
     "benchmark": CatalogueBenchmark,
     "source": SourceBenchmark,
     "jsonl": JsonlBenchmark,
+    "dataset": DatasetBenchmark,
 }
 
 
 def parse_benchmark(value: str | dict[str, Any] | Spec) -> Any:
-    """Read `humaneval-lines`, `source:<package or folder>` or one of the three kinds of mapping. Raises `BadInput`."""
+    """Read `humaneval-lines`, `source:<package or folder>` or one of the kinds of mapping. Raises `BadInput`."""
     if isinstance(value, Spec):
         return value
     if isinstance(value, str):
