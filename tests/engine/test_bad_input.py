@@ -1,4 +1,4 @@
-"""Each kind of bad input ends in one clear sentence that names the value and the remedy, before anything is computed."""
+"""Each kind of bad input ends in one clear sentence that names the value and the remedy."""
 
 import json
 import shutil
@@ -117,7 +117,7 @@ def test_cache_that_cannot_be_written(tiny_folder: Callable[[str], Path], monkey
     """Protects a read-only home: hashes are noted to save time, no more; a conversion needs the folder and says so."""
     monkeypatch.setenv("SHORTSTOP_CACHE", str(tiny_folder("llama") / "config.json"))
     assert Engine(str(tiny_folder("llama"))).n_layers == 6
-    with pytest.raises(BadInput, match="cannot be written .* set SHORTSTOP_CACHE") as error:
+    with pytest.raises(BadInput, match=r"cannot be written .* set SHORTSTOP_CACHE") as error:
         Engine("smollm2-135m")
     sentence(error)
 

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from engine.errors import BadInput
+from engine.errors import BadInput, UnknownName
 from engine.registry import unknown
 from workers.benchmarks.records import Record, samples_of
 from workers.benchmarks.sample import Sample
@@ -43,5 +43,5 @@ def _split(spec: DatasetBenchmark, found: Any) -> Any:
     if not isinstance(found, dict):
         return found
     if spec.split not in found:
-        raise BadInput(f"dataset {spec.dataset!r}: {unknown('split', spec.split, list(found))}")
+        raise UnknownName(f"dataset {spec.dataset!r}: {unknown('split', spec.split, list(found))}")
     return found[spec.split]

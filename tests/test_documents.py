@@ -1,0 +1,73 @@
+"""The documents are true: every command and every line of Python in them is run, on the real model, on less data."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+#: what `exits.yaml` may say, at its least
+SMALL_TRAINING = {
+    "model": "smollm2-135m",
+    "corpus": ["markdown_it"],
+    "holdout": ["mdurl"],
+    "exit_points": [18, 24],
+    "rank": 4,
+    "shortlist": 512,
+    "tokens": 1000,
+    "holdout_tokens": 500,
+    "context": 128,
+    "epochs": 1,
+}
+
+
+def block(language: str, containing: str) -> str:
+    [found] = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in text]
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place as the README's reader has it: a spec, a source tree, a training spec."""
+    folder = tmp_path_factory.mktemp("reader")
+    spec = yaml.safe_load(block("yaml", "name: my-first"))
+    for benchmark in spec["benchmarks"]:
+        benchmark["samples"] = 3
+    spec["generation"] = {"max_new_tokens": 6, "batch_size": 3}
+    (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
+    (folder / "exits.yaml").write_text(yaml.safe_dump(SMALL_TRAINING))
+    for number in range(4):
+        source = folder / "src" / f"part{number}.py"
+        source.parent.mkdir(exist_ok=True)
+        source.write_text("\n".join(f"def add_{number}_{i}(a, b):\n    return a + b + {i}\n" for i in range(6)))
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    here = {"SHORTSTOP_DATABASE_URL": f"sqlite:///{folder / 'record.db'}", "HF_HUB_OFFLINE": "1"}
+    return os.environ | here | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.mark.timeout(600)
+def test_the_readmes_commands_run_as_written(folder: Path) -> None:
+    commands = [line.split("#")[0].strip() for line in block("sh", "shortstop run spec.yaml").splitlines()]
+    assert len(commands) >= 6
+    for command in commands:
+        done = subprocess.run(command, shell=True, cwd=folder, env=environment(folder), capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert "<html" in (folder / "report.html").read_text()
+    assert (folder / "my-exits" / "exits.json").exists()
+
+
+@pytest.mark.timeout(600)
+def test_the_readmes_python_runs_as_written(folder: Path) -> None:
+    code = block("python", "import shortstop")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment(folder), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
