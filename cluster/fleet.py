@@ -1,52 +1,31 @@
 """The fleet: Ray gives workers their places; who does what is decided in the database. The only module that knows Ray.
 
 A Ray cluster is disposable. A worker that dies is replaced, its lease taken back, and nothing else remembers it.
+`cluster.ray_environment.set_up_ray` is to be called before this is imported for the first time.
 """
 
 import logging
 import os
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+import structlog
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
-def _set_up_environment() -> None:
-    """Ray reads these when it is imported. What a user has set stays."""
-    quiet = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what Ray says of a dead worker goes to standard output, amid our JSON
-    }
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
-        if not has_token and not (Path.home() / ".ray" / "auth_token").exists():
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
-if "ray" not in sys.modules:
-    _set_up_environment()
-
-import ray  # noqa: E402
-import structlog  # noqa: E402
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError  # noqa: E402
-
-from cluster.errors import FleetError  # noqa: E402
-from cluster.prepare import cores  # noqa: E402
-from cluster.reaping import take_back  # noqa: E402
-from db import jobs  # noqa: E402
-from db.errors import BadInput  # noqa: E402
-from db.session import Database, open_database  # noqa: E402
-from workers.holding import patiently  # noqa: E402
-from workers.worker import Pulse, Worker, finalise  # noqa: E402
+from cluster.errors import FleetError
+from cluster.prepare import cores
+from cluster.reaping import take_back
+from db import jobs
+from db.errors import BadInput
+from db.session import Database, open_database
+from workers.holding import patiently
+from workers.worker import Pulse, Worker, finalise
 
 log = structlog.get_logger()
 

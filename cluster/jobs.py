@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 from cluster.prepare import Validation, cores, metric_versions, prepare, validate
+from cluster.ray_environment import set_up_ray
 from cluster.reaping import ALONE, take_back
 from cluster.spec import JobSpec
 from db import errors as record_errors
@@ -201,6 +202,7 @@ def _work_with_fleet(
     lease_seconds: float,
     report: Callable[[], None],
 ) -> None:
+    set_up_ray(ray_address)
     from cluster.fleet import Fleet
 
     pinned = _pinned(db, job_id)

@@ -115,9 +115,10 @@ class Engine:
     @torch.inference_mode()
     def prefill(self, prompts: list[Prompt], room: int) -> Prefilled:
         """Run the prompts once, leaving room for `room` new tokens each."""
+        allowed = self._allowed(prompts)
         synchronise(self.device)
         begin = time.perf_counter_ns()
-        start = prefill(self.stack, [prompt.token_ids for prompt in prompts], room, self._allowed(prompts))
+        start = prefill(self.stack, [prompt.token_ids for prompt in prompts], room, allowed)
         synchronise(self.device)
         return Prefilled(prompts, start, time.perf_counter_ns() - begin)
 

@@ -13,7 +13,10 @@ sys.path.append(str(Path(__file__).parents[1] / "engine"))
 from small_world import World, bundle, columns, write_prompts
 
 from cluster import jobs
+from cluster.ray_environment import set_up_ray
 from db.session import Database, open_database
+
+set_up_ray()
 
 
 @pytest.fixture(scope="session", autouse=True)

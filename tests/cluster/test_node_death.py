@@ -15,7 +15,9 @@ from db.session import Database
 _FLEET = """
 import sys
 from cluster.fleet import Fleet
+from cluster.logs import configure_logs
 from db.session import open_database
+configure_logs("info")
 with Fleet(open_database(sys.argv[1]), 1, workers=1, threads=1, ray_address=sys.argv[2]) as fleet:
     print("joined", flush=True)
     fleet.run()
@@ -27,8 +29,6 @@ def ray_cluster() -> Iterator[object]:
     """A head without cores, to which nodes are added."""
     from ray.cluster_utils import Cluster
 
-    import cluster.fleet  # noqa: F401 - sets up Ray's environment
-
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield nodes
     nodes.shutdown()
@@ -38,7 +38,7 @@ def ray_cluster() -> Iterator[object]:
 def test_a_shard_lost_with_its_node_gets_its_attempt_back(
     ray_cluster, world: World, db: Database, undisturbed: dict[tuple[str, str], tuple[object, ...]]
 ) -> None:
-    jobs.submit(db, world.spec())
+    jobs.submit(db, world.spec(shard_batches=12))
     jobs.prepare(db, queue.claim(db, "test", kind="prepare"))
     process = subprocess.Popen(
         [sys.executable, "-c", _FLEET, db.url, ray_cluster.address], text=True, stdout=subprocess.PIPE
@@ -48,8 +48,8 @@ def test_a_shard_lost_with_its_node_gets_its_attempt_back(
         doomed = ray_cluster.add_node(num_cpus=1)
         held = "select id, worker from task where kind = 'shard' and state = 'leased' and done_batches >= 1"
         [(task_id, first_worker)] = wait_for("a shard in hand", lambda: rows(db, held))
-        ray_cluster.add_node(num_cpus=1)
         doomed.kill_raylet()
+        ray_cluster.add_node(num_cpus=1)
         assert process.wait(timeout=200) == 0
     finally:
         process.kill()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from naive import Bundle, complete_all, count_ties
 from tiny_models import EOS, make_bundle, random_model, random_prompts
@@ -43,7 +43,13 @@ BUNDLES = [
 
 
 @pytest.mark.parametrize(("kind", "bundle"), BUNDLES, ids=str)
-@settings(max_examples=9, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=9,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # an example takes a second: shrinking one would take minutes
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(spec=_policies())
 def test_batch_8_equals_batch_1(
     kind: str,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import HIDDEN, MACHINE, N_LAYERS, VOCABULARY, random_prompts
+from tiny_models import HIDDEN, N_LAYERS, VOCABULARY, random_prompts
 from torch import Tensor
 
 from engine.cache import Span
@@ -87,7 +87,7 @@ def test_leaving_early_is_cheaper(kv: str, tiny_engine: Callable[..., Engine]) -
 
 
 def test_asking_heads_has_a_price(tiny_engine: Callable[..., Engine]) -> None:
-    """Protects honesty: a policy that pays heads and never leaves is dearer than full depth; one that asks none is not."""
+    """Protects honesty: a policy that pays heads and never leaves is dearer than full depth."""
     engine = tiny_engine("llama", head="tied")
     full = decoded(engine, policy("full"))
     heads = decoded(engine, policy("confidence", threshold=1))
@@ -148,7 +148,6 @@ def test_machine_is_measured() -> None:
     machine = Machine.measure(torch.device("cpu"), torch.float32)
     assert 1e8 < machine.bandwidth < 1e13
     assert 1e8 < machine.peak < 1e15
-    assert MACHINE.bandwidth < 1e13
 
 
 def test_span_counts_positions_looked_at() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tiny_models import EOS, N_LAYERS, random_model, random_prompts
 from transformers import DynamicCache, PreTrainedModel
@@ -93,7 +93,13 @@ def test_copied_keys_are_only_an_estimate(tiny_engine: Callable[..., Engine]) ->
     assert _relative(start.cache.keys[:2, 0, :, : len(text)], keys[:2]) < 1e-4, "layers that were run are exact"
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # an example takes a second: shrinking one would take minutes
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(threshold=st.floats(0, 0.6), max_debt=st.integers(1, 12))
 def test_debts_stay_in_bounds(threshold: float, max_debt: int, tiny_engine: Callable[..., Engine]) -> None:
     """Protects `max_debt`, and the order of waiting: depths never rise along a row."""

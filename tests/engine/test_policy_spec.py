@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -117,8 +118,6 @@ def test_specs_are_closed_and_frozen() -> None:
 
 def test_every_policy_has_its_rule() -> None:
     """Protects the catalogue: each spec's rule can be imported, and each is told about."""
-    from importlib import import_module
-
     for kind, spec in policies.items():
         module, name = spec.rule.split(":")
         assert callable(getattr(import_module(module), name))
