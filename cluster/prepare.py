@@ -109,9 +109,12 @@ def validate(spec: JobSpec) -> Validation:
 
 def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
     """Look up every name of a spec and read every input. Raises `BadInput`, `WeightsMismatch`."""
+    from engine.architectures import check_family
     from engine.device import describe_device_class, find_device
 
     facts = resolve_model(spec.model)
+    check_family(facts.family)
+    load_tokenizer(spec.model)
     if spec.generation.max_new_tokens >= facts.max_context:
         raise BadInput(
             f"generation.max_new_tokens is {spec.generation.max_new_tokens}, but model {facts.name!r} has room for "
@@ -122,6 +125,7 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
     _check_exits(spec.policies, manifest, facts)
     versions = metric_versions(spec.metrics)
     benchmarks = _load_benchmarks(spec)
+    _check_differ(benchmarks)
     device = find_device(spec.device)
     threads = spec.threads or max(1, cores() // workers)
     pinned = Pinned(
@@ -178,6 +182,17 @@ def _load_benchmarks(spec: JobSpec) -> list[Benchmark]:
     tokenizer_of = partial(load_tokenizer, spec.model)
     room = spec.generation.max_new_tokens
     return [load_benchmark(asked, tokenizer_of=tokenizer_of, max_new_tokens=room) for asked in spec.benchmarks]
+
+
+def _check_differ(loaded: list[Benchmark]) -> None:
+    """Two benchmarks of a job must not be one. Raises `BadInput`."""
+    for place, benchmark in enumerate(loaded):
+        for other in loaded[:place]:
+            if benchmark.name == other.name or benchmark.content_hash == other.content_hash:
+                raise BadInput(
+                    f"benchmarks: {other.name!r} and {benchmark.name!r} have the same name or content; remove one, or "
+                    "give one another name."
+                )
 
 
 def _planned(benchmark: Benchmark) -> PlannedBenchmark:

@@ -31,9 +31,9 @@ class JobSpec(Spec):
     generation: Generation = Generation()
     benchmarks: list[Any] = Field(min_length=1)
     policies: list[Any] = Field(min_length=1)
-    metrics: list[str] | None = Field(None, description="all known metrics when absent")
+    metrics: list[str] | None = Field(None, min_length=1, description="all known metrics when absent")
     shard_batches: int = Field(2, ge=1, description="batches in a shard")
-    priority: int = 0
+    priority: int = Field(0, ge=-1000, le=1000)
 
     @field_validator("benchmarks")
     @classmethod

@@ -139,9 +139,11 @@ def _prepare_file(url: URL, *, create: bool) -> None:
         raise BadInput(f"database file {str(file)!r} does not exist; submit a job first or name another file.")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not file.exists() or file.stat().st_size == 0
         connection = sqlite3.connect(file, timeout=BUSY_SECONDS, isolation_level=None)
         try:
-            _switch_to_wal(connection)
+            # The mode stays with the file. One that is there may be somebody else's: it is read, never changed.
+            _switch_to_wal(connection) if fresh else connection.execute("PRAGMA schema_version").fetchone()
         finally:
             connection.close()
     except OSError as error:

@@ -1,6 +1,7 @@
 """The engine: a model with its exits, ready to complete prompts under any policy."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +72,7 @@ class Engine:
         with torch.inference_mode():
             self.stack = build_stack(load_model(self.facts, dtype).to(self.device))
             self.heads = Heads(self.stack, "tied", (), {}) if folder is None else Heads.load(self.stack, folder)
+        self._warm: set[PolicySpec] = set()
         self.text = Text(load_tokenizer(model), self.facts.end_tokens, self.stack.max_context)
 
     @property
@@ -173,10 +175,15 @@ class Engine:
             done.extend(decoded.completions)
         return done
 
-    def warm_up(self) -> None:
-        """Touch every weight and kernel once, so that the first timing is like the next."""
-        prompts = [Prompt(list(range(1, 17))), Prompt(list(range(1, 9)))]
-        self.decode(self.prefill(prompts, 4), parse_policy("full"), max_new_tokens=4, ends_with_line=False)
+    def warm_up(self, policies: Sequence[PolicySpec] = ()) -> None:
+        """Touch every weight and kernel that these policies use once, so that the first timing is like the next."""
+        cold = {parse_policy("full"), *policies} - self._warm
+        if not cold:
+            return
+        batch = self.prefill([Prompt(list(range(1, 17))), Prompt(list(range(1, 9)))], 4)
+        for policy in cold:
+            self.decode(batch, policy, max_new_tokens=4, ends_with_line=True)
+        self._warm |= cold
 
     def _completion(self, prompt: Prompt, records: TokenRecords, finish: Finish) -> Completion:
         n_tokens = len(records) - (finish is Finish.STOP)

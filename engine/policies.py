@@ -121,7 +121,6 @@ class PatientExit(Rule):
         rows, tokens = view.rows, view.prediction.tokens
         if view.point == self.points[0]:
             self.last[rows] = -1  # a new token: what the last one's exit points said does not count
-            self.agreed[rows] = 0
         same = tokens == self.last[rows]
         self.agreed[rows] = torch.where(same, self.agreed[rows] + 1, 0)
         self.last[rows] = tokens

@@ -14,7 +14,7 @@ from db.errors import LeaseLost, Unavailable
 from db.queue import Lease
 from db.records import SampleRow, ShardResults
 from db.session import Database
-from engine.errors import EngineError, WeightsMismatch
+from engine.errors import BadInput, EngineError, WeightsMismatch
 from engine.loading import cache_folder
 from engine.spec import parse_policy
 from workers.bundle import unpack
@@ -117,6 +117,11 @@ class Worker:
             raise
         except Unavailable as error:
             self._fail(lease, str(error), refund=True)
+        except BadInput as error:
+            # Trying again would say the same.
+            log.error("job failed", worker=self.name, job=lease.job_id, reason=str(error))
+            sentence = str(error)
+            patiently(lambda: jobs.fail_job(self.db, lease.job_id, sentence))
         except Exception as error:
             log.error("shard failed", worker=self.name, task=lease.task_id, attempt=lease.attempt, exc_info=True)
             self._fail(lease, str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}")
@@ -160,6 +165,7 @@ class Worker:
             for run in jobs.runs(self.db, lease.job_id)
             if run.benchmark_id == lease.benchmark_id
         ]
+        engine.warm_up([run.policy for run in runs])
         evaluation = Evaluation(
             engine=engine,
             runs=runs,
@@ -212,7 +218,7 @@ class EngineShelf:
         self._engine: Engine | None = None
 
     def take(self, pinned: Pinned) -> "Engine":
-        """The engine that a job pins, loaded and warmed up. Raises `BadInput`, `WeightsMismatch`."""
+        """The engine that a job pins. Raises `BadInput`, `WeightsMismatch`."""
         key = (pinned.model, pinned.weights_hash, pinned.exits_hash, pinned.device, pinned.dtype, pinned.threads)
         if self._engine is None or key != self._key:
             self._engine = None  # two models may not fit into memory
@@ -234,7 +240,11 @@ class EngineShelf:
             )
         # Measured once per device class, so that the ideal time of a batch does not depend on who did it.
         engine.machine = Machine(**devices.device_plan(self.db, engine.device_class, lambda: asdict(engine.machine)))
-        engine.warm_up()
+        if engine.facts.tokenizer_hash != pinned.tokenizer_hash:
+            raise WeightsMismatch(
+                f"model {pinned.model!r} has another tokenizer on this machine than the job was prepared with; bring "
+                "that one back, or submit the job again."
+            )
         return engine
 
 

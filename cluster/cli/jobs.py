@@ -82,7 +82,7 @@ def list_jobs(database: DatabaseUrl = None, as_json: JsonFlag = False) -> None:
     from cluster.reports.formats import moment
     from db.jobs import list_jobs
 
-    with opened(start(database)) as db:
+    with opened(start(database), create=False) as db:
         rows = list_jobs(db)
     if as_json:
         print_json(rows)

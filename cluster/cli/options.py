@@ -25,4 +25,6 @@ HtmlFile = Annotated[
     str | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file as well.")
 ]
 SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file; - reads standard input.")]
-JobId = Annotated[int, typer.Argument(metavar="JOB", help="The job's number, as `shortstop list` prints it.")]
+JobId = Annotated[
+    int, typer.Argument(metavar="JOB", min=1, max=2**31 - 1, help="The job's number, as `shortstop list` prints it.")
+]

@@ -6,6 +6,7 @@ the end.
 
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class Progress:
 def train(spec: TrainSpec, out: Path, on_progress: Callable[[Progress], None] = lambda _: None) -> ExitsManifest:
     """Train the bundle of a spec into folder `out`. Raises `BadInput`; an interrupted call is gone on with."""
     check_apart(spec.corpus, spec.holdout)
+    out = out.expanduser().absolute()
     work = out.with_name(out.name + ".work")
     _check_out(spec, out, work)
     engine = Engine(spec.model, device=spec.device, threads=spec.threads)
@@ -85,7 +87,11 @@ def train(spec: TrainSpec, out: Path, on_progress: Callable[[Progress], None] = 
 def _check_out(spec: TrainSpec, out: Path, work: Path) -> None:
     if (out / MANIFEST).exists():
         raise BadInput(f"out: {out} holds a bundle already; give another folder, or remove that one.")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise BadInput(f"out: {out} is there and not empty; give a folder that does not exist yet.")
     note = work / "spec.json"
+    if work.exists() and not note.exists():
+        raise BadInput(f"out: {work}, where checkpoints would go, is not of our making; give another folder.")
     if note.exists() and note.read_text() != spec.model_dump_json():
         raise BadInput(f"out: {work} holds the checkpoint of another spec; give another folder, or remove that one.")
 
@@ -118,13 +124,12 @@ def _manifest(spec: TrainSpec, engine: Engine, corpus: list[Entry], kept: list[E
 
 def _write(out: Path, manifest: ExitsManifest, tensors: dict[str, Tensor]) -> ExitsManifest:
     """Both files into a folder of their own, moved into place whole."""
-    made = out.with_name(out.name + ".made")
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
+    made = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+    made.chmod(0o755)  # mkdtemp makes it the owner's alone
     save_file(tensors, made / TENSORS)
+    (made / TENSORS).chmod(0o644)
     digest = hashlib.sha256((made / TENSORS).read_bytes()).hexdigest()
     manifest = manifest.model_copy(update={"tensors_hash": digest})
     (made / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    made.rename(out)
+    made.replace(out)  # absent or empty: nothing else is ever replaced
     return manifest

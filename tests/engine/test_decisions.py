@@ -143,6 +143,19 @@ def _verdict(heads: Heads, spec: PolicySpec, point: int, states: torch.Tensor) -
         return rule.decide(View(heads, point, torch.arange(len(states)), states)).decisions.tolist()
 
 
+def test_confidence_is_strict(tiny_engine: Callable[..., Engine]) -> None:
+    """Protects `exceeds`: a token whose confidence is the threshold goes on, and a threshold of 1 is off."""
+    heads = tiny_engine("llama", head="lens").heads
+    states = torch.randn(20, HIDDEN, generator=torch.Generator().manual_seed(1)) * 5
+    with torch.inference_mode():
+        confidences = heads.predict(2, states).confidences
+    middle = confidences.sort().values[9].item()
+    verdict = _verdict(heads, policy("confidence", threshold=middle), 2, states)
+    assert verdict == [EXIT if confidence > middle else CONTINUE for confidence in confidences.tolist()]
+    assert verdict.count(EXIT) == 10
+    assert _verdict(heads, policy("confidence", threshold=1), 2, states * 100) == [CONTINUE] * 20
+
+
 def test_policies_of_states_run_no_head(tiny_engine: Callable[..., Engine]) -> None:
     """Protects `what a policy needs decides what it costs`: a rule that reads states runs no head."""
     heads = tiny_engine("llama", head="tied").heads

@@ -31,8 +31,9 @@ def _numbered_lines(name: str) -> Iterator[tuple[int, bytes]]:
                     yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise BadInput(f"benchmark file {name!r} is not a whole gzip file ({error}); make it again.") from None
-    except OSError as error:
-        raise BadInput(f"benchmark file {name!r} cannot be read: {error.strerror}; correct the path.") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BadInput(f"benchmark file {name!r} cannot be read: {reason}; correct the path.") from None
 
 
 def _record(file: str, number: int, line: bytes) -> Record:
