@@ -5,11 +5,12 @@ import secrets
 import sys
 from pathlib import Path
 
-_QUIET = {
+_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_worker_niceness": "0",  # of 15 by default: a timing would depend on whatever else the machine does
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # Ray's own 15 would time a worker behind whatever else the machine does
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what Ray says of a dead worker goes to standard output, amid our JSON
 }
 
@@ -22,7 +23,7 @@ def set_up_ray(address: str | None = None) -> None:
     """
     if "ray" in sys.modules:
         return
-    for name, value in _QUIET.items():
+    for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     if address is None and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
