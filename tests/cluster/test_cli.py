@@ -148,6 +148,10 @@ OVERRIDES = [
     ("policies.1={fixed: {exit_layer: 3}}", "3"),
     ("generation.max_new_tokens=5000", "5000"),
     ("generation.batch_size=0", "generation.batch_size"),
+    ("policies.1.threshold=true", "threshold"),
+    ("priority=99999999999999999999", "priority"),
+    ("metrics=[]", "metrics"),
+    ("benchmarks=[humaneval-lines, humaneval-lines]", "the same name or content"),
     ("polices=[full]", "polices"),
     ("policies=[full, full]", "'full' is there twice"),
     ("exits=null", "needs exits"),
@@ -201,6 +205,29 @@ def test_exits_of_other_weights_are_refused(world: World, tmp_path: Path) -> Non
     exits = bundle(tmp_path / "exits", other)
     spec = world.spec_file(tmp_path / "spec.yaml", exits=str(exits))
     assert_refused(call("run", spec, "--database", f"sqlite:///{tmp_path / 'record.db'}"), "weights")
+
+
+@pytest.mark.parametrize("fault", ["family", "tokenizer"])
+def test_a_model_that_no_worker_could_run_is_refused_before_there_is_a_job(
+    world: World, tmp_path: Path, fault: str
+) -> None:
+    from tiny_models import random_model, save
+
+    model = save(random_model("llama", seed=1), tmp_path / "model")
+    if fault == "family":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    else:
+        for file in model.glob("tokenizer*"):
+            file.unlink()
+    spec = world.spec_file(tmp_path / "spec.yaml", model=str(model), exits=None, policies=["full"])
+    assert_refused(call("run", spec, "--inline", "--database", f"sqlite:///{tmp_path / 'record.db'}"), fault)
+    assert not (tmp_path / "record.db").exists()
+
+
+def test_reading_makes_no_database(tmp_path: Path) -> None:
+    assert_refused(call("list", "--database", f"sqlite:///{tmp_path / 'new' / 'record.db'}"), "does not exist")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_places_that_cannot_be_written_are_refused_before_any_work(world: World, tmp_path: Path) -> None:

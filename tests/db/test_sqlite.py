@@ -157,3 +157,15 @@ def test_a_file_that_is_no_database_is_left_alone(tmp_path: Path) -> None:
 def test_a_url_that_cannot_be_used_is_explained(url: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         open_database(url)
+
+
+def test_somebody_elses_file_stays_as_it_is(tmp_path: Path) -> None:
+    """Protects `_prepare_file`: the journal mode of a file that is not ours is read, never switched."""
+    file = tmp_path / "theirs.db"
+    with sqlite3.connect(file) as connection:
+        connection.execute("create table t (x)")
+    before = file.read_bytes()
+    for create in (True, False):
+        with pytest.raises(BadInput):
+            open_database(f"sqlite:///{file}", create=create)
+    assert file.read_bytes() == before

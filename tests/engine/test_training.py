@@ -165,3 +165,17 @@ def test_neither_a_bundle_nor_another_specs_checkpoint_is_overwritten(world: Tra
     train(world, tmp_path / "bundle")
     with pytest.raises(BadInput, match="holds a bundle already"):
         train(world, tmp_path / "bundle")
+
+
+def test_a_folder_with_anything_in_it_is_never_replaced(world: TrainSpec, tmp_path: Path) -> None:
+    precious = tmp_path / "mine" / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    with pytest.raises(BadInput, match="is there and not empty"):
+        train(world, precious.parent)
+    (tmp_path / "fresh.work").mkdir()
+    with pytest.raises(BadInput, match="not of our making"):
+        train(world, tmp_path / "fresh")
+    assert precious.read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    assert train(world, tmp_path / "empty").exit_points == world.exit_points
