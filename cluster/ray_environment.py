@@ -10,7 +10,6 @@ _DEFAULTS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_worker_niceness": "0",  # of 15 by default: a timing would depend on whatever else the machine does
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_niceness": "0",  # Ray's own 15 would time a worker behind whatever else the machine does
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what Ray says of a dead worker goes to standard output, amid our JSON
 }
 

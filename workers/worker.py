@@ -14,7 +14,7 @@ from db.errors import LeaseLost, Unavailable
 from db.queue import Lease
 from db.records import SampleRow, ShardResults
 from db.session import Database
-from engine.errors import BadInput, EngineError, WeightsMismatch
+from engine.errors import EngineError, WeightsMismatch
 from engine.loading import cache_folder
 from engine.spec import parse_policy
 from workers.bundle import unpack
@@ -117,11 +117,6 @@ class Worker:
             raise
         except Unavailable as error:
             self._fail(lease, str(error), refund=True)
-        except BadInput as error:
-            # Trying again would say the same.
-            log.error("job failed", worker=self.name, job=lease.job_id, reason=str(error))
-            sentence = str(error)
-            patiently(lambda: jobs.fail_job(self.db, lease.job_id, sentence))
         except Exception as error:
             log.error("shard failed", worker=self.name, task=lease.task_id, attempt=lease.attempt, exc_info=True)
             self._fail(lease, str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}")

@@ -1,6 +1,7 @@
 """A small job on a tiny model, and what must be the same however often its workers die."""
 
 import json
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -113,4 +114,11 @@ def wait_for(what: str, look: Callable[[], T | None], seconds: float = DEADLINE_
 def shortstop(*arguments: str) -> subprocess.Popen[str]:
     """The command line as a user has it, in a process of its own."""
     command = [str(Path(sys.executable).parent / "shortstop"), *arguments]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_hear_interrupts
+    )
+
+
+def _hear_interrupts() -> None:
+    """A terminal's processes do; one that was started in the background of a script would pass its deafness on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
