@@ -9,9 +9,14 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy import make_url
 
 from db.session import Database, open_database
+
+# The machines are shared: how long an example takes says nothing. The same examples every time: a failure is the code's.
+settings.register_profile("shared", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 NewUrl = Callable[..., AbstractContextManager[str]]
 _numbers = count()

@@ -33,28 +33,31 @@ def test_tiny_models(kind: str, tiny_engine: Callable[..., Engine]) -> None:
     print(f"{kind}: {len(differing)} of {len(prompts) * 14 + len(prompts[::4]) * 14} tokens differ {differing}")
 
 
-def test_smollm2(smollm2: Engine, smollm2_peer: PreTrainedModel) -> None:
+@pytest.mark.parametrize(("batch_size", "count"), [(8, 12), (1, 3)])
+def test_smollm2(batch_size: int, count: int, smollm2: Engine, smollm2_peer: PreTrainedModel) -> None:
     """Protects what everything else stands on: the real model's full depth is the real model's."""
-    prompts = [Prompt(prompt.token_ids[-96:]) for prompt in real_prompts(smollm2, 12)]
-    hold_against_generate(smollm2, smollm2_peer, prompts, new=6, alone=3)
+    prompts = [Prompt(prompt.token_ids[-96:]) for prompt in real_prompts(smollm2, count)]
+    hold_against_generate(smollm2, smollm2_peer, prompts, 6, batch_size)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_smollm2_on_two_hundred_prompts(smollm2: Engine, smollm2_peer: PreTrainedModel) -> None:
-    """The same on 200 prompts, each at batch 8 and at batch 1."""
-    torch.set_num_threads(2)
-    hold_against_generate(smollm2, smollm2_peer, real_prompts(smollm2, 200), new=12, alone=200)
+@pytest.mark.parametrize("batch_size", [8, 1])
+def test_smollm2_on_two_hundred_prompts(batch_size: int, smollm2: Engine, smollm2_peer: PreTrainedModel) -> None:
+    """The same on 200 prompts of 16 to 256 tokens."""
+    hold_against_generate(smollm2, smollm2_peer, real_prompts(smollm2, 200), 12, batch_size)
 
 
-def hold_against_generate(engine: Engine, peer: PreTrainedModel, prompts: list[Prompt], new: int, alone: int) -> None:
-    """All prompts at batch 8, the first `alone` of them also one by one, on both sides."""
-    together = write(engine, prompts, new, 8)
-    found = {"batch 8": differences(peer, prompts, together, generate(peer, prompts, new, 8))}
-    some = prompts[:alone]
-    found["batch 1"] = differences(peer, some, write(engine, some, new, 1), generate(peer, some, new, 1))
-    for name, count in (("batch 8", len(prompts)), ("batch 1", alone)):
-        print(f"{engine.name}, {name}: {count} prompts, {len(found[name])} differ by a float tie {found[name]}")
+def hold_against_generate(
+    engine: Engine, peer: PreTrainedModel, prompts: list[Prompt], new: int, batch_size: int
+) -> None:
+    """The same batches on both sides; differences are counted, and fail where they are no ties."""
+    mine, theirs = write(engine, prompts, new, batch_size), generate(peer, prompts, new, batch_size)
+    found = differences(peer, prompts, mine, theirs)
+    tokens = sum(map(len, theirs))
+    print(
+        f"{engine.name}, batch {batch_size}: {len(prompts)} prompts, {tokens} tokens, {len(found)} float ties {found}"
+    )
 
 
 def write(engine: Engine, prompts: list[Prompt], new: int, batch_size: int) -> list[list[int]]:
