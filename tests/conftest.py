@@ -14,7 +14,7 @@ from sqlalchemy import make_url
 
 from db.session import Database, open_database
 
-# The machines are shared: how long an example takes says nothing. The same examples every time: a failure is the code's.
+# The machines are shared: how long an example takes says nothing. The examples are the same every time.
 settings.register_profile("shared", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared")
 
