@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from naive import Bundle, complete_all, count_ties
@@ -86,10 +87,13 @@ def test_a_prefill_serves_every_policy(tiny_engine: Callable[..., Engine]) -> No
     """Protects `prefill once`: a policy that writes to the cache leaves nothing behind for the next one."""
     engine = tiny_engine("llama", head="lens", shortlist=100)
     start = engine.prefill(PROMPTS, NEW)
+    keys, values = start.start.cache.keys.clone(), start.start.cache.values.clone()
     specs = [policy("fixed", exit_layer=1), policy("confidence", threshold=0.2, kv="recompute"), policy("full")]
     first = [engine.decode(start, spec, max_new_tokens=NEW, ends_with_line=False).completions for spec in specs]
     again = [engine.decode(start, spec, max_new_tokens=NEW, ends_with_line=False).completions for spec in specs[::-1]]
     assert [_columns(done) for done in first] == [_columns(done) for done in again[::-1]]
+    assert torch.equal(start.start.cache.keys, keys)
+    assert torch.equal(start.start.cache.values, values)
     fresh = engine.decode(engine.prefill(PROMPTS, NEW), specs[2], max_new_tokens=NEW, ends_with_line=False)
     assert _columns(fresh.completions) == _columns(first[2])
 
