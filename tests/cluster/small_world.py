@@ -23,7 +23,7 @@ POLICIES: list[Any] = [
     {"patience": {"patience": 1, "kv": "recompute"}},
     {"sec": {"exit": 0.5, "stop": 0.9, "on_stop": "suppress"}},
 ]
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 240.0
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ with Fleet(open_database(sys.argv[1]), 1, workers=1, threads=1, ray_address=sys.
     fleet.run()
 """
 
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.fixture
 def ray_cluster() -> Iterator[object]:

@@ -13,6 +13,8 @@ from small_world import World, columns, rows, shortstop, wait_for
 from db import jobs as record
 from db.session import Database, open_database
 
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.fixture
 def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:

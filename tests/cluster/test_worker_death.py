@@ -19,6 +19,8 @@ from db import queue
 from db.session import Database, open_database
 from workers.worker import Pulse
 
+pytestmark = pytest.mark.timeout(600)
+
 
 def prepared(db: Database, world: World, **changes: object) -> int:
     job_id = jobs.submit(db, world.spec(**changes))
@@ -105,7 +107,11 @@ def test_a_sample_that_kills_its_worker_ends_as_an_error(
     url = f"sqlite:///{tmp_path / 'record.db'}"
     spec = world.spec_file(tmp_path / "spec.yaml", metrics=["es", "deadly"])
     process = shortstop("run", str(spec), "--database", url, "--workers", "1")
-    _, said = process.communicate(timeout=240)
+    try:
+        _, said = process.communicate(timeout=500)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 0, said
     db = open_database(url, create=False)
     found = columns(db, 1)
