@@ -12,8 +12,9 @@ demo: $(STAMP)
 	@mkdir -p build
 	$(BIN)/shortstop run examples/demo.yaml --database sqlite:///build/demo.db --html build/demo.html
 
+# Most tests wait: for Ray, for a lease to end, for a browser. Two at a time fill two cores.
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(STAMP)
 	$(BIN)/pytest

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import layer_norm
 from transformers import GPT2LMHeadModel
 
+from engine.matrices import Matrix
 from engine.stack import LayerStack
 
 
@@ -26,6 +27,7 @@ class GPT2Stack(LayerStack):
         self.activation = body.h[0].mlp.act
         self.token_embedding, self.position_embedding = body.wte.weight, body.wpe.weight
         self.unembedding = model.lm_head.weight
+        self.unembedder = Matrix(self.unembedding)
         self.final_norm = (body.ln_f.weight, body.ln_f.bias)
         self.layers = [_Layer(layer) for layer in body.h]
 
@@ -36,34 +38,32 @@ class GPT2Stack(LayerStack):
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.token_embedding[ids] + self.position_embedding[positions]
 
-    def queries(self, layer: int, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def queries(self, layer: int, states: Tensor, place: None) -> tuple[Tensor, Tensor, Tensor]:
         weights = self.layers[layer]
-        fused = F.linear(self._normed(states, weights.attention_norm), weights.qkv, weights.qkv_bias)
+        fused = weights.qkv(self._normed(states, weights.attention_norm))
         q, k, v = fused.view(len(states), 3, self.n_heads, self.head_size).unbind(1)
         return (q / (layer + 1) if self.by_layer else q), k, v
 
-    def keys_values(self, layer: int, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        weights, size = self.layers[layer], self.hidden_size
-        normed = self._normed(states, weights.attention_norm)
-        fused = F.linear(normed, weights.qkv[size:], weights.qkv_bias[size:])
+    def keys_values(self, layer: int, states: Tensor, place: None) -> tuple[Tensor, Tensor]:
+        weights = self.layers[layer]
+        fused = weights.kv(self._normed(states, weights.attention_norm))
         k, v = fused.view(len(states), 2, self.n_heads, self.head_size).unbind(1)
         return k, v
 
     def merge(self, layer: int, states: Tensor, attended: Tensor) -> Tensor:
         weights = self.layers[layer]
-        states = states + F.linear(attended, weights.output, weights.output_bias)
-        inner = self.activation(F.linear(self._normed(states, weights.mlp_norm), weights.up, weights.up_bias))
-        return states + F.linear(inner, weights.down, weights.down_bias)
+        states = states + weights.output(attended)
+        return states + weights.down(self.activation(weights.up(self._normed(states, weights.mlp_norm))))
 
     def norm(self, states: Tensor) -> Tensor:
         return self._normed(states, self.final_norm)
 
-    def layer_parameters(self) -> int:
-        weights = self.layers[0]
-        return sum(w.numel() for w in (weights.qkv, weights.output, weights.up, weights.down))
+    def matrices(self, layer: int) -> list[Matrix]:
+        weights = self.layers[layer]
+        return [weights.qkv, weights.output, weights.up, weights.down]
 
     def _normed(self, states: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
-        return F.layer_norm(states, (self.hidden_size,), *norm, eps=self.epsilon)
+        return layer_norm(states, (self.hidden_size,), *norm, eps=self.epsilon)
 
 
 class _Layer:
@@ -71,12 +71,16 @@ class _Layer:
 
     def __init__(self, layer: Any) -> None:
         self.attention_norm = (layer.ln_1.weight, layer.ln_1.bias)
-        self.qkv, self.qkv_bias = _turned(layer.attn.c_attn)
-        self.output, self.output_bias = _turned(layer.attn.c_proj)
+        self.qkv = turned(layer.attn.c_attn)
+        self.kv = self.qkv.outputs(self.qkv.shape[1])
+        self.output = turned(layer.attn.c_proj)
         self.mlp_norm = (layer.ln_2.weight, layer.ln_2.bias)
-        self.up, self.up_bias = _turned(layer.mlp.c_fc)
-        self.down, self.down_bias = _turned(layer.mlp.c_proj)
+        self.up = turned(layer.mlp.c_fc)
+        self.down = turned(layer.mlp.c_proj)
 
 
-def _turned(projection: Any) -> tuple[Tensor, Tensor]:
-    return projection.weight.t().contiguous(), projection.bias
+def turned(projection: Any) -> Matrix:
+    """The matrix of a `Conv1D`; the module gives its memory back."""
+    weight = projection.weight.data.t().contiguous()
+    projection.weight.data = weight.new_empty(0)
+    return Matrix(weight, projection.bias.data)

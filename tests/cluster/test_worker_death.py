@@ -86,6 +86,7 @@ def test_workers_that_keep_dying_are_given_up(
     assert rows(db, "select count(*) from task where state = 'leased'") == [(0,)]
 
 
+@pytest.mark.slow
 def test_a_sample_that_kills_its_worker_ends_as_an_error(
     world: World,
     tmp_path: Path,
