@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 from transformers import LlamaForCausalLM
 
-from engine.architectures.rotary import rotate, rotary_table
+from engine.architectures.rotary import rotary_table, rotate
 from engine.matrices import Matrix
 from engine.stack import LayerStack
 
