@@ -1,9 +1,12 @@
-"""Tokens that left early still owe keys and values of the layers they skipped. Two ways to pay.
+"""Tokens that left early still owe keys and values of the layers they skipped. Three ways to pay.
 
 `copy` (SEC; CALM, Schuster et al. 2022): the state at the exit goes through each skipped layer's norm and key/value
 projection at once. `recompute` (deferred depth, after FREE, Bae et al. 2023, and EE-LLM, Chen et al. 2024): the token
 waits, and the next token of its row that goes deeper takes it along. Then keys and values equal those of a plain
-forward pass.
+forward pass. `mask`: they are never paid, and later tokens do not see the missing keys.
+
+A row's forward passes are counted by `step`; 0 is its prefill, and step s stands at position prompt + s - 1. Rows may
+be at different steps: where a draft was wrong, a row goes back.
 """
 
 from abc import ABC, abstractmethod
@@ -20,47 +23,77 @@ from engine.stack import LayerStack
 
 
 class Debts(ABC):
-    """What the rows of one batch owe while they decode. `step` counts a row's forward passes; 0 is its prefill."""
+    """What the rows of one batch owe while they decode."""
 
     def __init__(self, stack: LayerStack, cache: KeyValues, prompts: list[int], steps: int, work: Work) -> None:
         self.stack, self.cache, self.work = stack, cache, work
-        self.prompts = prompts  # [rows] prompt lengths: step s stands at position prompt + s - 1
+        self.prompts = prompts  # [rows] prompt lengths
         #: layers computed so far for each forward pass, [rows, steps]
         self.layers_run: npt.NDArray[np.int16] = np.zeros((len(prompts), steps), np.int16)
         self.layers_run[:, 0] = stack.n_layers
 
     @abstractmethod
-    def join(self, rows: list[int], step: int, layer: int, states: Tensor) -> tuple[Span, Tensor]:
+    def join(self, rows: list[int], steps: list[int], layer: int, states: Tensor) -> tuple[Span, Tensor]:
         """The tokens that pass `layer` now: each row's newest, whose states are given, and those that wait there."""
 
     @abstractmethod
-    def advance(self, span: Span, step: int, states: Tensor, layer: int) -> None:
+    def advance(self, span: Span, states: Tensor, layer: int) -> None:
         """The tokens of `span` have passed all layers before `layer`."""
 
     @abstractmethod
-    def leave(self, rows: list[int], step: int, states: Tensor, layer: int) -> None:
+    def leave(self, rows: list[int], steps: list[int], states: Tensor, layer: int) -> None:
         """The newest tokens of these rows leave after `layer` layers, with these states [rows, hidden]."""
 
     def may_leave(self, row: int, step: int) -> bool:
         """Whether the row can take on one more debt."""
         return True
 
-    def _newest(self, rows: list[int], step: int) -> Span:
-        return Span(rows, [self.prompts[row] + step - 1 for row in rows], [1] * len(rows))
+    def waiting(self, row: int, step: int) -> int:
+        """How many of the row's tokens before `step` owe anything that will be paid."""
+        return 0
+
+    def depths(self, rows: list[int], steps: list[int], layer: int) -> list[int]:
+        """The depths behind `layer` at which tokens of these rows, before these steps, wait; rising."""
+        return []
+
+    def roll_back(self, row: int, step: int) -> None:
+        """The row's forward passes from `step` on never happened. Their keys are overwritten before they are seen."""
+        self.layers_run[row, step:] = 0
+
+    def steps_of(self, span: Span) -> tuple[list[int], list[int]]:
+        """Row and step of each token, [tokens] each."""
+        rows, positions = span.flat
+        return rows, [position - self.prompts[row] + 1 for row, position in zip(rows, positions, strict=True)]
+
+    def _newest(self, rows: list[int], steps: list[int]) -> Span:
+        positions = [self.prompts[row] + step - 1 for row, step in zip(rows, steps, strict=True)]
+        return Span(rows, positions, [1] * len(rows))
 
 
-class Copied(Debts):
-    """Debts are paid when they are made, with keys and values that are only an estimate."""
+class _Settled(Debts):
+    """Nobody waits: what is owed is settled when a token leaves."""
 
-    def join(self, rows: list[int], step: int, layer: int, states: Tensor) -> tuple[Span, Tensor]:
-        return self._newest(rows, step), states
+    def join(self, rows: list[int], steps: list[int], layer: int, states: Tensor) -> tuple[Span, Tensor]:
+        return self._newest(rows, steps), states
 
-    def advance(self, span: Span, step: int, states: Tensor, layer: int) -> None:
-        self.layers_run[span.rows, step] = layer
+    def advance(self, span: Span, states: Tensor, layer: int) -> None:
+        self.layers_run[self.steps_of(span)] = layer
 
-    def leave(self, rows: list[int], step: int, states: Tensor, layer: int) -> None:
-        self.stack.fill(states, self._newest(rows, step), self.cache, layer, self.stack.n_layers)
+
+class Copied(_Settled):
+    """Paid at once, with keys and values that are only an estimate."""
+
+    def leave(self, rows: list[int], steps: list[int], states: Tensor, layer: int) -> None:
+        self.stack.fill(states, self._newest(rows, steps), self.cache, layer, self.stack.n_layers)
         self.work.fill(layers=self.stack.n_layers - layer, tokens=len(rows))
+
+
+class Masked(_Settled):
+    """Never paid: deeper layers do not see the token."""
+
+    def leave(self, rows: list[int], steps: list[int], states: Tensor, layer: int) -> None:
+        span = self._newest(rows, steps)
+        self.cache.hide(span.rows, span.starts, layer)
 
 
 class Deferred(Debts):
@@ -73,29 +106,33 @@ class Deferred(Debts):
         self.max_debt = max_debt
         self.states = torch.zeros((len(prompts), steps, stack.hidden_size), dtype=cache.keys.dtype, device=stack.device)
 
-    def join(self, rows: list[int], step: int, layer: int, states: Tensor) -> tuple[Span, Tensor]:
-        firsts = [self._first_at(row, step, layer) for row in rows]
-        counts = [step - first + 1 for first in firsts]
+    def join(self, rows: list[int], steps: list[int], layer: int, states: Tensor) -> tuple[Span, Tensor]:
+        firsts = [self._first_at(row, step, layer) for row, step in zip(rows, steps, strict=True)]
+        counts = [step - first + 1 for step, first in zip(steps, firsts, strict=True)]
         span = Span(rows, [self.prompts[row] + first - 1 for row, first in zip(rows, firsts, strict=True)], counts)
         if span.single:
             return span, states
-        self.states[rows, step] = states
-        waiting_rows, positions = span.flat
-        steps = [position - self.prompts[row] + 1 for row, position in zip(waiting_rows, positions, strict=True)]
-        return span, self.states[waiting_rows, steps]
+        self.states[rows, steps] = states
+        return span, self.states[self.steps_of(span)]
 
-    def advance(self, span: Span, step: int, states: Tensor, layer: int) -> None:
-        rows, positions = span.flat
-        steps = [position - self.prompts[row] + 1 for row, position in zip(rows, positions, strict=True)]
-        self.layers_run[rows, steps] = layer
+    def advance(self, span: Span, states: Tensor, layer: int) -> None:
+        places = self.steps_of(span)
+        self.layers_run[places] = layer
         if layer < self.stack.n_layers:
-            self.states[rows, steps] = states
+            self.states[places] = states
 
-    def leave(self, rows: list[int], step: int, states: Tensor, layer: int) -> None:
+    def leave(self, rows: list[int], steps: list[int], states: Tensor, layer: int) -> None:
         """They wait where `advance` left them."""
 
     def may_leave(self, row: int, step: int) -> bool:
-        return int((self.layers_run[row, :step] < self.stack.n_layers).sum()) < self.max_debt
+        return self.waiting(row, step) < self.max_debt
+
+    def waiting(self, row: int, step: int) -> int:
+        return int((self.layers_run[row, :step] < self.stack.n_layers).sum())
+
+    def depths(self, rows: list[int], steps: list[int], layer: int) -> list[int]:
+        found = {depth for row, step in zip(rows, steps, strict=True) for depth in self.layers_run[row, :step].tolist()}
+        return sorted(depth for depth in found if layer < depth < self.stack.n_layers)
 
     def pay(self, rows: list[int], last: list[int]) -> None:
         """Take all that still wait, up to each row's step `last`, to full depth."""
@@ -103,10 +140,10 @@ class Deferred(Debts):
             depth = int(self.layers_run[row, step])
             while depth < self.stack.n_layers:
                 deeper = sorted({int(d) for d in self.layers_run[row, : step + 1] if d > depth})
-                span, states = self.join([row], step, depth, self.states[row, step][None])
+                span, states = self.join([row], [step], depth, self.states[row, step][None].clone())
                 states = self.stack.run(states, span, self.cache, depth, deeper[0])
                 depth = deeper[0]
-                self.advance(span, step, states, depth)
+                self.advance(span, states, depth)
 
     def _first_at(self, row: int, step: int, layer: int) -> int:
         """The earliest step of the row that waits at `layer`, or the newest."""
@@ -122,4 +159,6 @@ def build_debts(
     """The way of paying that a policy asks for."""
     if policy.kv == "recompute":
         return Deferred(stack, cache, prompts, steps, work, policy.max_debt)
+    if policy.kv == "mask":
+        return Masked(stack, cache, prompts, steps, work)
     return Copied(stack, cache, prompts, steps, work)

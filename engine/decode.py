@@ -1,6 +1,15 @@
-"""The loop: one step gives every living row its next token, and each row decides alone how deep it goes."""
+"""The loop: one step takes every living row one token further, and each row decides alone how deep it goes.
 
-from dataclasses import dataclass
+Under `verify` the tokens that leave are drafts. A row that reaches full depth takes its waiting tokens along, and each
+of them gets full depth's own choice: up to the first that differs the drafts are kept, there full depth's token stands,
+and everything behind it never happened. What ends a completion acts at full depth only, so nothing that is undone has
+ended anything. Without stop the tokens are those of full depth (speculative decoding, Leviathan et al. 2023; with the
+model's own layers as the draft, LayerSkip, Elhoushi et al. 2024).
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -8,10 +17,10 @@ from torch import Tensor
 
 from engine.cache import KeyValues, Span
 from engine.cost import Work
-from engine.debts import Debts, build_debts
+from engine.debts import build_debts
 from engine.errors import NumericalError
-from engine.heads import Heads, Prediction, choose, full_depth
-from engine.policies import EXIT, STOP, Rule, Verdict, View
+from engine.heads import Choice, Heads, choose, full_depth
+from engine.policies import CONTINUE, EXIT, STOP, Batch, Rule, View
 from engine.record import Decision, Finish, TokenRecords
 from engine.spec import PolicySpec
 from engine.stack import LayerStack
@@ -23,7 +32,12 @@ class Prefill:
 
     cache: KeyValues
     prompts: list[int]  #: [rows] prompt lengths in tokens
-    first: Prediction  #: [rows] the first token of each completion, at full depth
+    first: Choice  #: [rows] the first token of each completion, at full depth
+    keys: list[int]  #: [rows] a number for each prompt, the same wherever that prompt is decoded
+
+    def copy(self) -> "Prefill":
+        """One to decode from: a decode writes to the cache."""
+        return replace(self, cache=self.cache.copy())
 
 
 @dataclass(frozen=True)
@@ -54,139 +68,297 @@ def prefill(
             kept = logits[row, ids_allowed]
             logits[row] = -torch.inf
             logits[row, ids_allowed] = kept
-    return Prefill(cache, lengths, choose(logits))
+    first = choose(logits)
+    keys = [crc32(np.array(prompt, np.int64).tobytes()) for prompt in prompts]
+    return Prefill(cache, lengths, Choice(first.tokens, first.confidences), keys)
 
 
-def decode(
-    stack: LayerStack, heads: Heads, rule: Rule, policy: PolicySpec, start: Prefill, ends: Ends
-) -> tuple[list[TokenRecords], list[Finish], Work, Debts]:
-    """Complete every row of a prefill under one policy. The prefill's cache is written to: pass a copy."""
-    batch = _Batch(stack, heads, rule, policy, start, ends)
-    while batch.living:
-        batch.step()
-    return batch.records(), batch.finishes(), batch.work, batch.debts
+class Decoding:
+    """Rows that decode together under one policy. Token s of a row is written by its step s; 0 came out of prefill.
 
-
-class _Batch:
-    """Rows that decode together. Step s writes token s of each living row; token 0 comes out of prefill."""
+    Rows may be at different steps: one whose drafts were undone goes back. The prefill's cache is written to.
+    """
 
     def __init__(
         self, stack: LayerStack, heads: Heads, rule: Rule, policy: PolicySpec, start: Prefill, ends: Ends
     ) -> None:
-        self.stack, self.heads, self.rule, self.ends = stack, heads, rule, ends
-        rows = len(start.prompts)
+        self.stack, self.heads, self.rule, self.policy, self.ends = stack, heads, rule, policy, ends
+        rows, new = len(start.prompts), ends.max_new_tokens
         self.prompts, self.cache, self.work = start.prompts, start.cache, Work()
-        self.debts = build_debts(policy, stack, start.cache, start.prompts, ends.max_new_tokens, self.work)
-        self.ids = np.full((rows, ends.max_new_tokens), -1, np.int32)
-        self.exit_layers = np.zeros_like(self.ids, dtype=np.int16)
-        self.decisions = np.zeros_like(self.exit_layers)
-        self.confidences = np.zeros_like(self.ids, dtype=np.float32)
+        self.debts = build_debts(policy, stack, start.cache, start.prompts, new, self.work)
+        self.ids = np.full((rows, new), -1, np.int32)
+        self.exit_layers = np.zeros((rows, new), np.int16)
+        self.decisions = np.zeros((rows, new), np.int16)
+        self.confidences = np.zeros((rows, new), np.float32)
+        self.drafts = np.zeros((rows, new), np.int16)  # as `TokenRecords.drafts`; what waits to be verified is positive
+        self.drafted = self.drafts_kept = 0
         self.finished: dict[int, tuple[Finish, int]] = {}  # row → why, and how many records it has
         self.living = list(range(rows))
-        self.next_step = 0
-        self.rule.begin(rows, stack.device)
+        self.at = [0] * rows  # each row's next step
+        self.firm = [1] * rows  # tokens before this step are not drafts that may be undone
+        #: a row's stop that waits for its drafts to be verified: exit point and confidence
+        self.stopping: dict[int, tuple[int, float]] = {}
+        self.depth = stack.n_layers - len(rule.removed)  # layers that a token at full depth runs
+        self.rule.begin(Batch(start.keys, new, stack.device))
         self._write(self.living, start.first, stack.n_layers, Decision.FULL)
-        self._end_step()
+
+    def run(self) -> None:
+        """Until every row has ended."""
+        while self.living:
+            self.step()
 
     def step(self) -> None:
         """One forward pass of every living row, as deep as each one goes."""
-        rows, step, depth = self.living, self.next_step, 0
-        positions = torch.tensor([self.prompts[row] + step - 1 for row in rows], device=self.stack.device)
-        states = self.stack.embed(torch.tensor(self.ids[rows, step - 1], device=self.stack.device), positions)
+        rows, depth = self.living, 0
+        steps = [self.at[row] for row in rows]
+        positions = torch.tensor(
+            [self.prompts[row] + step - 1 for row, step in zip(rows, steps, strict=True)], device=self.stack.device
+        )
+        ids = self.ids[rows, [step - 1 for step in steps]]
+        states = self.stack.embed(torch.from_numpy(ids).to(self.stack.device), positions)
+        self.free = {row for row in rows if self._may_leave(row)}
         for point in self.rule.points:
-            states, depth = self._deepen(rows, states, depth, point), point
-            rows, states = self._ask(rows, states, point)
-            if not rows:
+            if not self.rule.stops and self.free.isdisjoint(rows):
                 break
-        else:
-            states = self._deepen(rows, states, depth, self.stack.n_layers)
-            self._write(rows, self._full_depth(states), self.stack.n_layers, Decision.FULL)
-        self._end_step()
+            states, previous = self._deepen(rows, states, depth, point)
+            rows, states, depth = *self._ask(rows, states, previous, point), point
+            if not rows:
+                return
+        self._finish(rows, states, depth)
 
-    def _deepen(self, rows: list[int], states: Tensor, first: int, end: int) -> Tensor:
-        """Take the newest tokens of these rows, and the debts that they meet, from layer `first` to `end`."""
-        if first == end:
-            return states
-        span, states = self.debts.join(rows, self.next_step, first, states)
-        states = self.stack.run(states, span, self.cache, first, end)
-        self.work.run(layers=end - first, tokens=span.size, context=span.context)
-        self.debts.advance(span, self.next_step, states, end)
-        return states if span.single else states[span.last]
+    def _is_asked(self, row: int) -> bool:
+        if row in self.stopping:  # it has been given up already
+            return False
+        return row in self.free or (self.rule.stops and self.at[row] >= self.policy.full_first)
 
-    def _ask(self, rows: list[int], states: Tensor, point: int) -> tuple[list[int], Tensor]:
+    def _may_leave(self, row: int) -> bool:
+        """Whether the options that every policy has, and the row's debt, let it leave in this step."""
+        policy, step = self.policy, self.at[row]
+        if step < policy.full_first or not self.debts.may_leave(row, step):
+            return False
+        if policy.max_exits_in_row is not None and self._exits_in_row(row) >= policy.max_exits_in_row:
+            return False
+        # The last token ends the completion, and what ends one is never a draft.
+        if policy.verify and step + 1 == self.ends.max_new_tokens:
+            return False
+        return self.rule.may_leave(row, self.debts.waiting(row, step))
+
+    def _exits_in_row(self, row: int) -> int:
+        """How many of the row's newest tokens left early, one after another."""
+        step = self.at[row]
+        left = (self.decisions[row, :step] == Decision.EXIT) | (self.drafts[row, :step] > 0)
+        stayed = np.flatnonzero(~left)
+        return step - 1 - int(stayed[-1]) if len(stayed) else step
+
+    def _deepen(self, rows: list[int], states: Tensor, first: int, point: int) -> tuple[Tensor, Tensor | None]:
+        """Take the newest tokens of these rows to an exit point; where the rule looks back, the layer before it too."""
+        before = self._pass(rows, states, first, point)
+        if self.span.single:
+            return self.passed, before
+        return self.passed[self.span.last], None if before is None else before[self.span.last]
+
+    def _pass(self, rows: list[int], states: Tensor, first: int, end: int) -> Tensor | None:
+        """Take rows, and the debts that they meet, through layers `first` to `end`.
+
+        Leaves behind `span`, the tokens that passed, and `passed`, their states; gives back the states before the last
+        layer where the rule looks back.
+        """
+        self.span, states = self.debts.join(rows, [self.at[row] for row in rows], first, states)
+        before = None
+        if self.rule.looks_back and end < self.stack.n_layers:
+            before = states = self._layers(states, self.span, first, end - 1)
+            first = end - 1
+        self.passed = self._layers(states, self.span, first, end)
+        self.debts.advance(self.span, self.passed, end)
+        return before
+
+    def _layers(self, states: Tensor, span: Span, first: int, end: int) -> Tensor:
+        for begin, stop in _pieces(first, end, self.rule.removed):
+            states = self.stack.run(states, span, self.cache, begin, stop)
+            self.work.run(layers=stop - begin, tokens=span.size, context=span.context)
+        return states
+
+    def _ask(self, rows: list[int], states: Tensor, previous: Tensor | None, point: int) -> tuple[list[int], Tensor]:
         """Let the rule decide at an exit point; give back the rows that go on, with their states."""
-        view = View(self.heads, point, torch.tensor(rows, device=self.stack.device), states)
+        asked = [place for place, row in enumerate(rows) if self._is_asked(row)]
+        if not asked:
+            return rows, states
+        everyone = len(asked) == len(rows)
+        view = View(
+            self.heads,
+            point,
+            [rows[place] for place in asked],
+            states if everyone else states[asked],
+            [self.at[rows[place]] for place in asked],
+            previous if everyone or previous is None else previous[asked],
+        )
         verdict = self.rule.decide(view)
         if view.predicted:
-            self.work.head(parameters=self.heads.parameters(point), states=len(rows))
+            self.work.head(parameters=self.heads.parameters(point), states=len(asked))
         decisions = [
-            EXIT * self.debts.may_leave(row, self.next_step) if decision == EXIT else decision
-            for row, decision in zip(rows, verdict.decisions.tolist(), strict=True)
+            CONTINUE if decision == EXIT and row not in self.free else decision
+            for row, decision in zip(view.rows, verdict.decisions.tolist(), strict=True)
         ]
-        leaving = [place for place, decision in enumerate(decisions) if decision == EXIT]
-        if leaving:
-            self._leave([rows[place] for place in leaving], states[leaving], self._predict(view, leaving), point)
-        stopping = [place for place, decision in enumerate(decisions) if decision == STOP]
-        if stopping:
-            self._stop([rows[place] for place in stopping], verdict, stopping, point)
-        going_on = [place for place, decision in enumerate(decisions) if decision not in (EXIT, STOP)]
-        if len(going_on) == len(rows):
+        gone = set(self._leave(view, [place for place, decision in enumerate(decisions) if decision == EXIT]))
+        for place in (place for place, decision in enumerate(decisions) if decision == STOP):
+            sure = 0.0 if verdict.stop_confidences is None else float(verdict.stop_confidences[place])
+            if self._stop(view.rows[place], point, sure):
+                gone.add(view.rows[place])
+        if not gone:
             return rows, states
+        going_on = [place for place, row in enumerate(rows) if row not in gone]
         return [rows[place] for place in going_on], states[going_on]
 
-    def _predict(self, view: View, places: list[int]) -> Prediction:
+    def _leave(self, view: View, places: list[int]) -> list[int]:
+        """These places of the view want to leave: write their tokens, and give back the rows that did leave."""
+        if not places:
+            return []
+        choice = self._choose(view, places)
+        if self.policy.verify:
+            # A token that ends the completion is not drafted: its row goes on to full depth, which verifies all.
+            drafts = [i for i, token in enumerate(choice.tokens.tolist()) if token not in self.ends.tokens]
+            if not drafts:
+                return []
+            if len(drafts) < len(places):
+                places, choice = [places[i] for i in drafts], choice.of(drafts)
+        rows = [view.rows[place] for place in places]
+        states = view.states if len(places) == len(view.rows) else view.states[places]
+        steps = [self.at[row] for row in rows]
+        self.debts.leave(rows, steps, states, view.point)
+        if self.policy.verify:
+            self.drafts[rows, steps] = view.point
+            self.drafted += len(rows)
+        self._write(rows, choice, view.point, Decision.EXIT)
+        return rows
+
+    def _choose(self, view: View, places: list[int]) -> Choice:
         """The head's choice for the rows that leave: only they pay for it, unless the rule has asked already."""
-        if view.predicted:
-            return Prediction(view.prediction.tokens[places], view.prediction.confidences[places])
+        everyone = len(places) == len(view.rows)
+        if view.predicted or everyone:
+            if not view.predicted:
+                self.work.head(parameters=self.heads.parameters(view.point), states=len(places))
+            return view.prediction if everyone else view.prediction.of(places)
         self.work.head(parameters=self.heads.parameters(view.point), states=len(places))
         return self.heads.predict(view.point, view.states[places])
 
-    def _full_depth(self, states: Tensor) -> Prediction:
+    def _stop(self, row: int, point: int, confidence: float) -> bool:
+        """The rule gives the row up. Whether it ends at once: drafts that wait are verified first."""
+        if self.firm[row] < self.at[row]:
+            self.stopping[row] = point, confidence
+            return False
+        self._end_with_stop(row, point, confidence)
+        return True
+
+    def _end_with_stop(self, row: int, point: int, confidence: float) -> None:
+        step = self.at[row]
+        self.exit_layers[row, step] = point
+        self.decisions[row, step] = Decision.STOP
+        self.confidences[row, step] = confidence
+        self._end_row(row, Finish.STOP, step + 1)
+
+    def _finish(self, rows: list[int], states: Tensor, depth: int) -> None:
+        """Take these rows from `depth` to full depth, with all that they owe, and write its choice."""
+        if depth < self.stack.n_layers:  # otherwise the rule was asked behind the last layer
+            for waited in self.debts.depths(rows, [self.at[row] for row in rows], depth):
+                states, depth = self._deepen(rows, states, depth, waited)[0], waited
+            states, _ = self._deepen(rows, states, depth, self.stack.n_layers)
+        if self.policy.verify and not self.span.single:
+            self._verify(self.span, self._full_depth(self.passed))
+            return
+        if self.rule.removed:
+            self.debts.layers_run[rows, [self.at[row] for row in rows]] = self.depth
+        self._write_full(rows, self._full_depth(states))
+
+    def _full_depth(self, states: Tensor) -> Choice:
         self.work.head(parameters=self.stack.unembedding.numel(), states=len(states))
         return full_depth(self.stack, states)
 
-    def _leave(self, rows: list[int], states: Tensor, prediction: Prediction, point: int) -> None:
-        self.debts.leave(rows, self.next_step, states, point)
-        self._write(rows, prediction, point, Decision.EXIT)
+    def _write_full(self, rows: list[int], choice: Choice) -> None:
+        for row in [row for row in rows if row in self.stopping]:  # nothing of it waited any more
+            self._end_with_stop(row, *self.stopping.pop(row))
+        if any(row in self.finished for row in rows):
+            places = [place for place, row in enumerate(rows) if row not in self.finished]
+            rows, choice = [rows[place] for place in places], choice.of(places)
+        self._write(rows, choice, self.depth, Decision.EXIT if self.rule.removed else Decision.FULL)
 
-    def _stop(self, rows: list[int], verdict: Verdict, places: list[int], point: int) -> None:
-        step = self.next_step
-        self.exit_layers[rows, step] = point
-        self.decisions[rows, step] = Decision.STOP
-        if verdict.stop_confidences is not None:
-            self.confidences[rows, step] = verdict.stop_confidences[places].float().cpu()
-        for row in rows:
-            self.finished[row] = (Finish.STOP, step + 1)
+    def _verify(self, span: Span, choice: Choice) -> None:
+        """Full depth's choice for every token of the span: each row's drafts, and behind them its newest token."""
+        tokens = choice.tokens.tolist()
+        settled: list[int] = []  # places of the tokens that each row's next one is written from
+        rows, begin = [], 0
+        for row, count in zip(span.rows, span.counts, strict=True):
+            if row in self.finished:  # it had no drafts, and the rule gave it up behind the last layer
+                begin += count
+                continue
+            first = self.at[row] - count + 1
+            drafts = self.ids[row, first : first + count - 1].tolist()
+            kept = next((i for i, draft in enumerate(drafts) if draft != tokens[begin + i]), count - 1)
+            self._keep(row, first, choice, begin, kept)
+            if drafts:
+                self.rule.verified(row, len(drafts), kept)
+            if kept < len(drafts):
+                self._undo(row, first + kept)
+            rows.append(row)
+            settled.append(begin + kept)
+            begin += count
+        self._write_full(rows, choice.of(settled))
 
-    def _write(self, rows: list[int], prediction: Prediction, layer: int, decision: Decision) -> None:
-        step = self.next_step
-        tokens, confidences = prediction.tokens.tolist(), prediction.confidences.cpu().numpy()
-        for row, token, confidence in zip(rows, tokens, confidences, strict=True):
-            if not np.isfinite(confidence):
-                where = f"after layer {layer}, at position {self.prompts[row] + step}"
-                raise NumericalError(f"row {row}: the logits {where} are not finite; check the weights and the dtype.")
-            if end := self._end(row, token):
-                self.finished[row] = (end, step + 1)
+    def _keep(self, row: int, first: int, choice: Choice, begin: int, kept: int) -> None:
+        """So many drafts of the row from step `first` on are full depth's own tokens."""
+        steps = slice(first, first + kept)
+        self.exit_layers[row, steps] = self.stack.n_layers
+        self.decisions[row, steps] = Decision.FULL
+        self.confidences[row, steps] = choice.confidences[begin : begin + kept].float().cpu()
+        self.drafts_kept += kept
+
+    def _undo(self, row: int, step: int) -> None:
+        """The row's draft at `step` is wrong: full depth's token will stand there, and what came behind never was."""
+        self.stopping.pop(row, None)
+        self.drafts[row, step] *= -1
+        for column, empty in ((self.ids, -1), (self.drafts, 0), (self.exit_layers, 0), (self.decisions, 0)):
+            column[row, step + 1 :] = empty
+        self.debts.roll_back(row, step + 1)
+        self.at[row] = step
+
+    def _write(self, rows: list[int], choice: Choice, layer: int, decision: Decision) -> None:
+        """The next token of each row."""
+        tokens, confidences = choice.tokens.tolist(), choice.confidences.cpu().numpy()
+        steps = [self.at[row] for row in rows]
+        if not np.isfinite(confidences).all():
+            place = int(np.flatnonzero(~np.isfinite(confidences))[0])
+            row, step = rows[place], steps[place]
+            where = f"after layer {layer}, at position {self.prompts[row] + step}"
+            raise NumericalError(f"row {row}: the logits {where} are not finite; check the weights and the dtype.")
+        self.ids[rows, steps] = tokens
+        self.exit_layers[rows, steps] = layer
+        self.decisions[rows, steps] = decision
+        self.confidences[rows, steps] = confidences
+        for row, step, token in zip(rows, steps, tokens, strict=True):
+            self.at[row] = step + 1
+            if decision != Decision.EXIT or not self.policy.verify:
+                self.firm[row] = step + 1
+            if end := self._end(row, step, token):
+                self._end_row(row, end, step + 1)
             elif step + 1 == self.ends.max_new_tokens:
-                self.finished[row] = (Finish.LENGTH, step + 1)
-        self.ids[rows, step] = tokens
-        self.exit_layers[rows, step] = layer
-        self.decisions[rows, step] = decision
-        self.confidences[rows, step] = confidences
+                self._end_row(row, Finish.LENGTH, step + 1)
 
-    def _end(self, row: int, token: int) -> Finish | None:
-        if self.next_step == 0 and self.ends.first is not None:
+    def _end(self, row: int, step: int, token: int) -> Finish | None:
+        if step == 0 and self.ends.first is not None:
             return self.ends.first[row]
         return self.ends.tokens.get(token)
 
-    def _end_step(self) -> None:
-        self.living = [row for row in self.living if row not in self.finished]
-        self.next_step += 1
+    def _end_row(self, row: int, finish: Finish, records: int) -> None:
+        self.finished[row] = finish, records
+        self.living = [living for living in self.living if living != row]
 
+    @property
     def finishes(self) -> list[Finish]:
+        """Why each row ended."""
         return [self.finished[row][0] for row in range(len(self.prompts))]
 
+    @property
     def records(self) -> list[TokenRecords]:
+        """What is reported of each row's tokens."""
         counts = [self.finished[row][1] for row in range(len(self.prompts))]
         return [
             TokenRecords(
@@ -195,6 +367,13 @@ class _Batch:
                 layers_run=self.debts.layers_run[row, :n],
                 decisions=self.decisions[row, :n],
                 confidences=self.confidences[row, :n],
+                drafts=self.drafts[row, :n],
             )
             for row, n in enumerate(counts)
         ]
+
+
+def _pieces(first: int, end: int, removed: frozenset[int]) -> list[tuple[int, int]]:
+    """The pieces of layers `first` to `end` (excluded) between those that are removed."""
+    edges = [first - 1, *sorted(layer for layer in removed if first <= layer < end), end]
+    return [(a + 1, b) for a, b in pairwise(edges) if a + 1 < b]

@@ -1,6 +1,7 @@
 """Exits at run time: a head per exit point that predicts a token, and a controller that judges a state."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,16 +11,40 @@ from torch import Tensor
 
 from engine.errors import BadInput
 from engine.exits import MANIFEST, TENSORS, ExitsManifest, read_manifest
+from engine.matrices import Matrix
 from engine.spec import HeadKind
 from engine.stack import LayerStack
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A head's choice for each of several states."""
+class Choice:
+    """The token chosen for each of several states."""
 
     tokens: Tensor  # [states] ids in the model's vocabulary
     confidences: Tensor  # [states] the head's probability of its choice
+
+    def of(self, places: list[int]) -> "Choice":
+        """The same for some of the states."""
+        return Choice(self.tokens[places], self.confidences[places])
+
+
+@dataclass(frozen=True)
+class Prediction(Choice):
+    """A head's choice with all that it hangs on."""
+
+    logits: Tensor  # [states, vocabulary or shortlist] float32
+
+    @cached_property
+    def margins(self) -> Tensor:
+        """How far the second best probability is behind, [states]."""
+        best = self.logits.topk(2, dim=-1).values
+        return self.confidences * (1 - torch.exp(best[:, 1] - best[:, 0]))
+
+    @cached_property
+    def entropies(self) -> Tensor:
+        """Entropy of the head's distribution in nats, [states]."""
+        logs = self.logits.log_softmax(dim=-1)
+        return -(logs.exp() * logs).sum(dim=-1)
 
 
 def choose(logits: Tensor, shortlist: Tensor | None = None) -> Prediction:
@@ -27,7 +52,7 @@ def choose(logits: Tensor, shortlist: Tensor | None = None) -> Prediction:
     logits = logits.float()
     top, place = logits.max(dim=-1)
     tokens = place if shortlist is None else shortlist[place]
-    return Prediction(tokens, torch.exp(top - logits.logsumexp(dim=-1)))
+    return Prediction(tokens, torch.exp(top - logits.logsumexp(dim=-1)), logits)
 
 
 class Heads:
@@ -45,8 +70,13 @@ class Heads:
         }
         self.shortlist = tensors.get("shortlist")
         self.controller = tensors.get("controller")  # [3, hidden]: continue, exit, stop
-        self.unembedding = stack.unembedding if self.shortlist is None else stack.unembedding[self.shortlist]
-        self.tensors = tensors
+        self.unembedder = stack.unembedder if self.shortlist is None else _shortened(stack, self.shortlist)
+        self.untied = {
+            point: Matrix(tensors[f"heads.{point}.weight"])
+            for point in points
+            if kind == "untied" and point < stack.n_layers
+        }
+        self.tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".weight")}
 
     @classmethod
     def load(cls, stack: LayerStack, folder: Path) -> "Heads":
@@ -64,7 +94,12 @@ class Heads:
     @property
     def outputs(self) -> int:
         """Tokens that a head before full depth chooses among."""
-        return self.unembedding.shape[0]
+        return self.unembedder.shape[0]
+
+    def all_matrices(self) -> list[Matrix]:
+        """The matrices that come on top of the model's own."""
+        shortlisted = [] if self.unembedder is self.stack.unembedder else [self.unembedder]
+        return shortlisted + list(self.untied.values())
 
     def parameters(self, point: int) -> int:
         """Parameters that a state multiplies with in the head at `point`."""
@@ -78,10 +113,10 @@ class Heads:
     def logits(self, point: int, states: Tensor) -> Tensor:
         """Raw states [states, hidden] at an exit point before full depth to logits [states, outputs]."""
         if self.kind == "untied":
-            return F.linear(states, self.tensors[f"heads.{point}.weight"])
+            return self.untied[point](states)
         if self.kind == "lens":
             states = lens(states, self.tensors[f"heads.{point}.down"], self.tensors[f"heads.{point}.up"])
-        return F.linear(self.stack.norm(states), self.unembedding)
+        return self.unembedder(self.stack.norm(states))
 
     def predict(self, point: int, states: Tensor) -> Prediction:
         """What the head at `point` would write. At full depth it is always the model's own unembedding."""
@@ -93,6 +128,12 @@ class Heads:
         """The controller's probabilities [states, 3] of continue, exit and stop, from raw states [states, hidden]."""
         assert self.controller is not None
         return F.linear(states, self.controller).float().softmax(dim=-1)
+
+
+def _shortened(stack: LayerStack, shortlist: Tensor) -> Matrix:
+    """The unembedding for the tokens of a shortlist."""
+    bias = stack.unembedder.bias
+    return Matrix(stack.unembedding[shortlist], None if bias is None else bias[shortlist])
 
 
 def _promised(manifest: ExitsManifest) -> dict[str, tuple[int, ...]]:

@@ -33,6 +33,8 @@ class TokenRecords:
     layers_run: npt.NDArray[np.int16]  # [n] layers computed for the token in the end, debts included
     decisions: npt.NDArray[np.int16]  # [n] Decision
     confidences: npt.NDArray[np.float32]  # [n] see Completion.confidences
+    #: [n] 0: never a draft; L: drafted after layer L, and full depth agreed; -L: it did not, and this is its own choice
+    drafts: npt.NDArray[np.int16]
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -79,6 +81,16 @@ class Completion:
         """The probability that the predicting head gave to its token; for a stop, the controller's for stopping."""
         return self.records.confidences.tolist()
 
+    @property
+    def draft_layers(self) -> list[int | None]:
+        """Layers after which each token was drafted; None where it was not."""
+        return [abs(draft) or None for draft in self.records.drafts.tolist()]
+
+    @property
+    def draft_kept(self) -> list[bool | None]:
+        """Whether full depth agreed with the draft; None where there was none."""
+        return [draft > 0 if draft else None for draft in self.records.drafts.tolist()]
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -89,3 +101,5 @@ class Decoded:
     decode_tokens: int  #: tokens written by those steps; each row's first token comes out of prefill
     flops: int  #: of those steps, by the cost model
     ideal_ns: int  #: of those steps, by the cost model on this machine
+    drafted: int = 0  #: tokens that were drafted, those included that were undone because one before them was wrong
+    drafts_kept: int = 0  #: drafts that full depth agreed with

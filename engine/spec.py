@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engine.errors import BadInput
 from engine.registry import Registry
@@ -11,6 +11,7 @@ Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["float32", "bfloat16", "float16"]
 HeadKind = Literal["tied", "lens", "untied"]
+Compile = Literal["auto", "on", "off"]
 
 
 class Spec(BaseModel):
@@ -31,9 +32,24 @@ class PolicySpec(Spec):
     name: str | None = Field(
         None, min_length=1, description="the run's name in reports; derived from the options when absent"
     )
-    kv: Literal["copy", "recompute"] = Field("copy", description="how skipped layers get their keys and values")
+    kv: Literal["copy", "recompute", "mask"] = Field("copy", description="how skipped layers get their keys and values")
+    verify: bool = Field(
+        False, description="recompute: tokens that left are drafts, which full depth confirms or undoes"
+    )
     max_debt: int = Field(8, ge=1, description="recompute: tokens of one row that may wait at once")
     on_stop: Literal["show", "suppress"] = Field("show", description="whether what came before a stop is offered")
+    min_layer: int | None = Field(None, ge=1, description="exit points before this layer are not asked")
+    max_exits_in_row: int | None = Field(None, ge=1, description="after so many, the next token runs at full depth")
+    full_first: int = Field(1, ge=1, description="a completion's first tokens that run at full depth; one always does")
+
+    @model_validator(mode="after")
+    def _legal_pair(self) -> "PolicySpec":
+        if self.verify and self.kv != "recompute":
+            raise ValueError(
+                f"policy {self.kind!r}: kv is {self.kv!r} and verify is true, but only keys that are recomputed can be "
+                "verified; give kv: recompute, or leave verify out."
+            )
+        return self
 
     @property
     def label(self) -> str:
@@ -49,7 +65,7 @@ class PolicySpec(Spec):
 
     def dump(self) -> dict[str, Any]:
         """The spec as `parse_policy` reads it back."""
-        return {self.kind: self.model_dump(exclude_defaults=True)}
+        return {self.kind: self.model_dump(mode="json", exclude_defaults=True)}
 
 
 class Full(PolicySpec):
@@ -76,6 +92,27 @@ class Confidence(PolicySpec):
     rule = "engine.policies:ConfidentExit"
 
     threshold: Probability
+    decay: float | None = Field(
+        None, gt=0, description="CALM's temperature: the threshold of token t is 0.9 threshold + 0.1 exp(-decay t / n)"
+    )
+
+
+class Margin(PolicySpec):
+    """Leave where the head's two best probabilities are further apart than the threshold (CALM)."""
+
+    kind = "margin"
+    rule = "engine.policies:MarginExit"
+
+    threshold: Probability
+
+
+class Entropy(PolicySpec):
+    """Leave where the entropy of the head's distribution is below the threshold, in nats (BranchyNet, 2016)."""
+
+    kind = "entropy"
+    rule = "engine.policies:EntropyExit"
+
+    threshold: float = Field(ge=0)
 
 
 class Patience(PolicySpec):
@@ -85,6 +122,84 @@ class Patience(PolicySpec):
     rule = "engine.policies:PatientExit"
 
     patience: int = Field(ge=1)
+
+
+class StateSimilarity(PolicySpec):
+    """Leave where the last layer hardly turned the state: cosine of the two above the threshold (CALM)."""
+
+    kind = "state-similarity"
+    rule = "engine.policies:SimilarExit"
+
+    threshold: Probability
+
+
+class Position(PolicySpec):
+    """Depth falls along a completion, from `deepest` at its first token to `shallowest` (SkipDecode, 2023).
+
+    A token leaves at the first exit point that is as deep as its place asks for.
+    """
+
+    kind = "position"
+    rule = "engine.policies:PositionExit"
+
+    deepest: int = Field(ge=1)
+    shallowest: int = Field(ge=1)
+    over: int = Field(ge=1, description="tokens over which the depth falls")
+
+    @model_validator(mode="after")
+    def _falls(self) -> "Position":
+        if self.shallowest > self.deepest:
+            raise ValueError(
+                f"policy 'position': shallowest is {self.shallowest} and deepest {self.deepest}; depth falls along a "
+                "completion, so exchange them."
+            )
+        return self
+
+
+class Static(PolicySpec):
+    """Layers that no generated token runs: the pruning baseline. Prompts are read at full depth, as everywhere."""
+
+    kind = "static"
+    rule = "engine.policies:Pruned"
+    needs = "nothing"
+
+    kv: Literal["copy"] = "copy"
+    layers: tuple[int, ...] = Field(min_length=1, description="which layers are left out, counted from 1")
+
+
+class Random(PolicySpec):
+    """Leave by chance: the control. Give it the shares of the exit layers of the policy that it is held against."""
+
+    kind = "random"
+    rule = "engine.policies:RandomExit"
+
+    exit_layers: tuple[int, ...] = Field(min_length=1)
+    shares: tuple[Probability, ...] = Field(description="share of tokens that leave at each; the rest runs all layers")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> "Random":
+        if len(self.shares) != len(self.exit_layers) or sum(self.shares) > 1 + 1e-9:
+            raise ValueError(
+                f"policy 'random': shares is {list(self.shares)} for exit_layers {list(self.exit_layers)}; give one "
+                "share a layer, together at most 1."
+            )
+        return self
+
+
+class SelfSpeculative(PolicySpec):
+    """Draft at one exit point and let full depth verify: the tokens are those of `full` (LayerSkip, 2024).
+
+    A draft ends where the head is unsure, or after as many tokens as the drafts before it justified.
+    """
+
+    kind = "self-speculative"
+    rule = "engine.policies:Drafting"
+
+    kv: Literal["recompute"] = "recompute"
+    verify: Literal[True] = True
+    exit_layer: int = Field(ge=1)
+    threshold: Probability = Field(0.5, description="a token of less confidence is not drafted")
 
 
 class Controller(PolicySpec):
@@ -107,7 +222,26 @@ class Sec(Controller):
 
 
 policies: Registry[type[PolicySpec]] = Registry(
-    "policy", "policies", {spec.kind: spec for spec in (Full, Fixed, Confidence, Patience, Controller, Sec)}
+    "policy",
+    "policies",
+    {
+        spec.kind: spec
+        for spec in (
+            Full,
+            Fixed,
+            Confidence,
+            Margin,
+            Entropy,
+            Patience,
+            StateSimilarity,
+            Position,
+            Static,
+            Random,
+            SelfSpeculative,
+            Controller,
+            Sec,
+        )
+    },
 )
 
 
@@ -148,4 +282,6 @@ def first_complaint(error: ValidationError) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(_plain, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from naive import forward_keys_values, relative
 from tiny_models import EOS, N_LAYERS, random_model, random_prompts
-from transformers import DynamicCache, PreTrainedModel
 
 from engine.debts import Deferred
-from engine.decode import Ends, Prefill, decode
+from engine.decode import Decoding, Ends
 from engine.engine import Engine
 from engine.policies import build_rule
 from engine.record import Finish, TokenRecords
@@ -22,6 +22,10 @@ KINDS = [
     ("llama", {"head": "lens", "shortlist": 100}),
     ("llama rope llama3", {"head": "tied"}),
     ("gpt2 scaled by layer", {"head": "lens"}),
+    ("qwen3", {"head": "lens"}),
+    ("codegen", {"head": "lens"}),
+    ("gpt_bigcode", {"head": "tied"}),
+    ("starcoder2", {"head": "lens"}),
 ]
 POLICIES = [
     policy("fixed", exit_layer=1, kv="recompute", max_debt=4),
@@ -37,10 +41,10 @@ def run(engine: Engine, spec: PolicySpec) -> tuple[list[TokenRecords], list[Fini
     """Records, finishes, and the debts as the decode left them."""
     rule = build_rule(spec, engine.exit_points, engine.n_layers)
     start = engine.prefill(PROMPTS, NEW).start
-    own = Prefill(start.cache.copy(), start.prompts, start.first)
-    records, finishes, _, debts = decode(engine.stack, engine.heads, rule, spec, own, Ends(NEW, {EOS: Finish.EOS}))
-    assert isinstance(debts, Deferred)
-    return records, finishes, debts
+    decoding = Decoding(engine.stack, engine.heads, rule, spec, start.copy(), Ends(NEW, {EOS: Finish.EOS}))
+    decoding.run()
+    assert isinstance(decoding.debts, Deferred)
+    return decoding.records, decoding.finishes, decoding.debts
 
 
 @pytest.mark.parametrize("spec", POLICIES, ids=lambda spec: spec.label)
@@ -59,24 +63,10 @@ def test_paid_debts_leave_the_keys_of_a_forward_pass(
     for row, (prompt, record) in enumerate(zip(PROMPTS, records, strict=True)):
         assert set(record.layers_run.tolist()) == {N_LAYERS}
         text = prompt.token_ids + record.token_ids[:-1].tolist()
-        for mine, theirs in zip((debts.cache.keys, debts.cache.values), _forward_keys_values(peer, text), strict=True):
-            worst = max(worst, _relative(mine[:, row, :, : len(text)], theirs))
+        for mine, theirs in zip((debts.cache.keys, debts.cache.values), forward_keys_values(peer, text), strict=True):
+            worst = max(worst, relative(mine[:, row, :, : len(text)], theirs))
     print(f"{kind}, {spec.label}: relative difference of keys and values {worst:.1e}")
     assert worst < 1e-4
-
-
-@torch.inference_mode()
-def _forward_keys_values(peer: PreTrainedModel, text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of all layers, [layers, kv heads, tokens, head size] each."""
-    cache = DynamicCache(config=peer.config)
-    peer(torch.tensor([text]), past_key_values=cache, use_cache=True)
-    return torch.cat([layer.keys for layer in cache.layers]), torch.cat([layer.values for layer in cache.layers])
-
-
-def _relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference of any layer, as a share of that layer's largest entry."""
-    gap = (mine - theirs).abs().flatten(1).max(dim=1).values
-    return float((gap / theirs.abs().flatten(1).max(dim=1).values).max())
 
 
 def test_copied_keys_are_only_an_estimate(tiny_engine: Callable[..., Engine]) -> None:
@@ -86,11 +76,13 @@ def test_copied_keys_are_only_an_estimate(tiny_engine: Callable[..., Engine]) ->
     start = engine.prefill(PROMPTS[:1], NEW).start
     rule = build_rule(spec, engine.exit_points, engine.n_layers)
     with torch.inference_mode():
-        [record], *_ = decode(engine.stack, engine.heads, rule, spec, start, Ends(NEW, {}))
+        decoding = Decoding(engine.stack, engine.heads, rule, spec, start, Ends(NEW, {}))
+        decoding.run()
+    [record] = decoding.records
     text = PROMPTS[0].token_ids + record.token_ids[:-1].tolist()
-    keys, _ = _forward_keys_values(peer, text)
-    assert _relative(start.cache.keys[:, 0, :, : len(text)], keys) > 0.1
-    assert _relative(start.cache.keys[:2, 0, :, : len(text)], keys[:2]) < 1e-4, "layers that were run are exact"
+    keys, _ = forward_keys_values(peer, text)
+    assert relative(start.cache.keys[:, 0, :, : len(text)], keys) > 0.1
+    assert relative(start.cache.keys[:2, 0, :, : len(text)], keys[:2]) < 1e-4, "layers that were run are exact"
 
 
 @settings(

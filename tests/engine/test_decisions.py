@@ -25,12 +25,12 @@ from tiny_models import EOS, HIDDEN, N_LAYERS, POINTS, random_model, random_prom
 
 from engine.engine import Engine
 from engine.heads import Heads
-from engine.policies import View, build_rule
+from engine.policies import Batch, View, build_rule
 from engine.spec import PolicySpec, policy
 
 PROMPTS = random_prompts(4, seed=3)
 NEW = 8
-COPY, RECOMPUTE = {"kv": "copy"}, {"kv": "recompute"}
+COPY, RECOMPUTE, MASK = {"kv": "copy"}, {"kv": "recompute"}, {"kv": "mask"}
 
 POLICIES = [
     policy("full"),
@@ -42,13 +42,34 @@ POLICIES = [
     policy("sec", exit=0.45, stop=0.7),
     policy("fixed", exit_layer=1, kv="recompute", max_debt=2),
     policy("confidence", threshold=0.15, kv="recompute", max_debt=1),
+    *(policy("margin", threshold=0.1, **kv) for kv in (COPY, RECOMPUTE)),
+    *(policy("entropy", threshold=3.5, **kv) for kv in (COPY, MASK)),
+    *(policy("state-similarity", threshold=0.8, **kv) for kv in (COPY, MASK)),
+    policy("state-similarity", threshold=0.7, kv="recompute", max_debt=3),
+    *(policy("position", deepest=6, shallowest=2, over=5, **kv) for kv in (COPY, RECOMPUTE)),
+    policy("fixed", exit_layer=2, kv="mask"),
+    policy("confidence", threshold=0.2, kv="mask", decay=3.0),
+    policy("confidence", threshold=0.3, decay=1.0),
+    policy("static", layers=[3, 5]),
+    policy("static", layers=[1]),
+    policy("controller", exit=0.4, stop=0.9, full_first=3, max_exits_in_row=1),
+    policy("confidence", threshold=0.1, min_layer=3, max_exits_in_row=2, kv="recompute"),
+    policy("patience", patience=1, full_first=4, kv="mask", max_exits_in_row=3),
 ]
+#: where layers look back over a window, the naive decoder cannot leave holes in it
+UNMASKED = [spec for spec in POLICIES if spec.kv != "mask"]
 BUNDLES = [
     ("llama", {"head": "tied"}, POLICIES[::2]),
     ("llama rope llama3", {"head": "lens", "shortlist": 100}, POLICIES),
     ("llama attention bias", {"head": "untied"}, POLICIES[1::2]),
     ("gpt2", {"head": "lens"}, POLICIES[1::2]),
     ("gpt2 scaled by layer", {"head": "untied", "shortlist": 60}, POLICIES[::2]),
+    ("qwen2", {"head": "tied"}, POLICIES[2::3]),
+    ("qwen3 untied, with a window", {"head": "lens", "shortlist": 100}, UNMASKED[::2]),
+    ("codegen", {"head": "tied", "shortlist": 100}, POLICIES[::3]),
+    ("codegen tied", {"head": "lens"}, POLICIES[2::3]),
+    ("gpt_bigcode", {"head": "untied"}, POLICIES[1::3]),
+    ("starcoder2 window", {"head": "tied"}, UNMASKED[1::2]),
 ]
 
 
@@ -138,9 +159,10 @@ def test_sec_rule_at_its_edges(
 
 def _verdict(heads: Heads, spec: PolicySpec, point: int, states: torch.Tensor) -> list[int]:
     rule = build_rule(spec, POINTS, N_LAYERS)
-    rule.begin(len(states), states.device)
+    rows = list(range(len(states)))
+    rule.begin(Batch(rows, NEW, states.device))
     with torch.inference_mode():
-        return rule.decide(View(heads, point, torch.arange(len(states)), states)).decisions.tolist()
+        return rule.decide(View(heads, point, rows, states, [1] * len(rows))).decisions.tolist()
 
 
 def test_confidence_is_strict(tiny_engine: Callable[..., Engine]) -> None:
@@ -166,7 +188,9 @@ def test_policies_of_states_run_no_head(tiny_engine: Callable[..., Engine]) -> N
         policy("fixed", exit_layer=2),
         policy("confidence", threshold=0),
     ):
-        view = View(heads, 2, torch.arange(5), states)
-        build_rule(spec, POINTS, N_LAYERS).decide(view)
+        view = View(heads, 2, list(range(5)), states, [1] * 5)
+        rule = build_rule(spec, POINTS, N_LAYERS)
+        rule.begin(Batch([0] * 5, NEW, states.device))
+        rule.decide(view)
         predicted[spec.kind] = view.predicted
     assert predicted == {"controller": False, "fixed": False, "confidence": True}

@@ -17,14 +17,24 @@ from engine.spec import PolicySpec, parse_policy, policies, policy
 SHARES = st.floats(0, 1)
 COMMON = {
     "name": st.none() | st.text(min_size=1, max_size=8),
-    "kv": st.sampled_from(["copy", "recompute"]),
+    "kv": st.sampled_from(["copy", "recompute", "mask"]),
     "max_debt": st.integers(1, 100),
     "on_stop": st.sampled_from(["show", "suppress"]),
+    "min_layer": st.none() | st.integers(1, 40),
+    "max_exits_in_row": st.none() | st.integers(1, 9),
+    "full_first": st.integers(1, 9),
 }
 OWN = {
     "full": {},
     "fixed": {"exit_layer": st.integers(1, 100)},
-    "confidence": {"threshold": SHARES},
+    "confidence": {"threshold": SHARES, "decay": st.none() | st.floats(0.1, 9)},
+    "margin": {"threshold": SHARES},
+    "entropy": {"threshold": st.floats(0, 12)},
+    "state-similarity": {"threshold": SHARES},
+    "position": {"deepest": st.integers(9, 30), "shallowest": st.integers(1, 9), "over": st.integers(1, 64)},
+    "static": {"layers": st.lists(st.integers(1, 30), min_size=1, max_size=4), "kv": st.just("copy")},
+    "random": {"exit_layers": st.just([6, 12]), "shares": st.lists(st.floats(0, 0.5), min_size=2, max_size=2)},
+    "self-speculative": {"exit_layer": st.integers(1, 30), "threshold": SHARES, "kv": st.just("recompute")},
     "patience": {"patience": st.integers(1, 20)},
     "controller": {"exit": SHARES, "stop": SHARES},
     "sec": {"exit": SHARES, "stop": SHARES, "kv": st.just("copy")},
@@ -61,6 +71,12 @@ def test_labels_name_the_policy(spec: PolicySpec) -> None:
     ("written", "label"),
     [
         ("full", "full"),
+        ({"static": {"layers": [12, 13]}}, "static layers=12+13"),
+        ({"self-speculative": {"exit_layer": 18}}, "self-speculative exit_layer=18"),
+        (
+            {"confidence": {"threshold": 0.5, "kv": "recompute", "verify": True}},
+            "confidence kv=recompute verify=True threshold=0.5",
+        ),
         ({"confidence": {"threshold": 0.95}}, "confidence threshold=0.95"),
         ({"sec": {"exit": 0.9, "stop": 0.7}}, "sec exit=0.9 stop=0.7"),
         ({"sec": {"exit": 1, "stop": 0.999}}, "sec exit=1 stop=0.999"),
@@ -80,10 +96,21 @@ def test_labels(written: object, label: str) -> None:
     ("written", "message"),
     [
         ("confidance", "unknown policy 'confidance'; did you mean 'confidence'"),
+        ("self-speculativ", "unknown policy 'self-speculativ'; did you mean 'self-speculative'"),
         (
-            "self-speculativ",
-            "unknown policy 'self-speculativ'; known: confidence, controller, fixed, full, patience, sec",
+            "zzz",
+            "unknown policy 'zzz'; known: confidence, controller, entropy, fixed, full, margin, patience, position, "
+            "random, sec, self-speculative, state-similarity, static.",
         ),
+        ({"confidence": {"threshold": 0.5, "verify": True}}, "kv is 'copy' and verify is true"),
+        ({"sec": {"exit": 0.5, "stop": 0.5, "verify": True}}, "kv is 'copy' and verify is true"),
+        ({"self-speculative": {"exit_layer": 3, "verify": False}}, "'verify' is False; input should be True"),
+        ({"self-speculative": {"exit_layer": 3, "kv": "mask"}}, "'kv' is 'mask'; input should be 'recompute'"),
+        ({"position": {"deepest": 4, "shallowest": 5, "over": 3}}, "shallowest is 5 and deepest 4"),
+        ({"random": {"exit_layers": [4], "shares": [0.2, 0.3]}}, "shares is [0.2, 0.3] for exit_layers [4]"),
+        ({"random": {"exit_layers": [4, 5], "shares": [0.7, 0.6]}}, "together at most 1"),
+        ({"static": {"layers": []}}, "'layers' is []"),
+        ({"entropy": {"threshold": -1}}, "'threshold' is -1"),
         ({"confidence": {"threshold": 1.2}}, "'threshold' is 1.2; input should be less than or equal to 1"),
         ({"confidence": {"threshold": -0.1}}, "'threshold' is -0.1; input should be greater than or equal to 0"),
         ({"confidence": {"threshold": float("nan")}}, "'threshold' is nan"),
