@@ -1,5 +1,6 @@
 """Keys and values of a batch, and which tokens are in hand."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,6 +68,8 @@ class KeyValues:
         # Zeros, not garbage: a masked position may still meet a NaN as 0 x NaN.
         self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.values = torch.zeros_like(self.keys)
+        #: layers whose keys can be seen at a place, [rows, positions]; None while all can
+        self.visible: Tensor | None = None
 
     @property
     def n_rows(self) -> int:
@@ -76,14 +79,37 @@ class KeyValues:
     def n_positions(self) -> int:
         return self.keys.shape[3]
 
-    def write(self, layer: int, index: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> None:
-        """Store keys and values ([tokens, kv heads, head size] each) at `index`: rows and positions, [tokens] each."""
-        rows, positions = index
-        self.keys[layer][rows, :, positions] = keys
-        self.values[layer][rows, :, positions] = values
+    def writer(self, span: Span, index: tuple[Tensor, Tensor]) -> Callable[[int, Tensor, Tensor], None]:
+        """A function that stores a layer's keys and values of the span, [tokens, kv heads, head size] each.
+
+        index: row and position of each token, [tokens] each.
+        """
+        if len(span.rows) > 1:
+
+            def scatter(layer: int, keys: Tensor, values: Tensor) -> None:
+                self.keys[layer][index[0], :, index[1]] = keys
+                self.values[layer][index[0], :, index[1]] = values
+
+            return scatter
+        # One row's tokens lie side by side: a copy, where an index costs ten times as much.
+        row, start, end = span.rows[0], span.starts[0], span.reach[0]
+        own_keys, own_values = self.keys[:, row, :, start:end], self.values[:, row, :, start:end]
+
+        def copy(layer: int, keys: Tensor, values: Tensor) -> None:
+            own_keys[layer].copy_(keys.transpose(0, 1))
+            own_values[layer].copy_(values.transpose(0, 1))
+
+        return copy
+
+    def hide(self, rows: list[int], positions: list[int], layer: int) -> None:
+        """The tokens at these places have no keys from `layer` on."""
+        if self.visible is None:
+            self.visible = torch.full((self.n_rows, self.n_positions), len(self.keys), device=self.keys.device)
+        self.visible[rows, positions] = layer
 
     def copy(self) -> "KeyValues":
         """An independent copy, so that every policy starts from the same prefill."""
         twin = object.__new__(KeyValues)
         twin.keys, twin.values = self.keys.clone(), self.values.clone()
+        twin.visible = None if self.visible is None else self.visible.clone()
         return twin

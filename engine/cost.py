@@ -4,7 +4,6 @@ The ideal of a step is the sum over layers, debts and every head evaluated of ma
 roofline of Williams, Waterman, Patterson 2009), at the number of tokens in hand.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from engine.stack import LayerStack
+from engine.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,7 @@ def _columns(rows: Sequence[tuple[int, ...]], width: int) -> list[np.ndarray]:
 def _median_seconds(act: Callable[[], object], device: torch.device) -> float:
     times = []
     for _ in range(6):
-        synchronise(device)
-        start = time.perf_counter()
-        act()
-        synchronise(device)
-        times.append(time.perf_counter() - start)
+        with Stopwatch(device) as watch:
+            act()
+        times.append(watch.ns / 1e9)
     return median(times[1:])
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,7 +1,6 @@
 """The engine: a model with its exits, ready to complete prompts under any policy."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,17 +9,22 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
+from engine import matrices
 from engine.architectures import build_stack, check_family
-from engine.cost import Machine, cost, synchronise
-from engine.decode import Ends, Prefill, decode, prefill
+from engine.cost import Machine, cost
+from engine.decode import Decoding, Ends, Prefill, prefill
 from engine.device import describe_device_class, find_device
 from engine.errors import BadInput
 from engine.exits import check_policy, check_weights, exits_hash, find_exits, read_manifest
 from engine.heads import Heads
 from engine.loading import load_model, load_tokenizer, resolve_model
+from engine.matrices import Matrix
+from engine.memory import memory_errors
+from engine.plans import remembered_plan
 from engine.policies import build_rule
 from engine.record import Completion, Decoded, Finish, TokenRecords
-from engine.spec import DType, PolicySpec, parse_policy
+from engine.spec import Compile, DType, PolicySpec, parse_policy
+from engine.stopwatch import Stopwatch
 from engine.text import Prompt, Text
 
 if TYPE_CHECKING:
@@ -51,10 +55,13 @@ class Engine:
         device: str = "auto",
         dtype: str = "float32",
         threads: int | None = None,
+        compile: str = "auto",
     ) -> None:
         self.device = find_device(device)
         if dtype not in get_args(DType):
             raise BadInput(f"dtype is {dtype!r}; give one of {', '.join(get_args(DType))}.")
+        if compile not in get_args(Compile):
+            raise BadInput(f"compile is {compile!r}; give one of {', '.join(get_args(Compile))}.")
         if threads is not None:
             if threads < 1:
                 raise BadInput(f"threads is {threads}; give at least 1, or leave it out.")
@@ -72,7 +79,13 @@ class Engine:
         with torch.inference_mode():
             self.stack = build_stack(load_model(self.facts, dtype).to(self.device))
             self.heads = Heads(self.stack, "tied", (), {}) if folder is None else Heads.load(self.stack, folder)
+        #: whether layers are compiled. `auto` does not: on the CPU it did not pay, and no GPU has measured it yet
+        self.compiled = compile == "on"
+        self.compile_ns = 0  #: what that took, in `warm_up`: no part of any other time
+        if self.compiled:
+            self.stack.compile()
         self._warm: set[PolicySpec] = set()
+        self._kernels: dict[str, list[str]] | None = None
         self.text = Text(load_tokenizer(model), self.facts.end_tokens, self.stack.max_context)
 
     @property
@@ -106,6 +119,34 @@ class Engine:
         with torch.inference_mode():
             return Machine.measure(self.device, getattr(torch, self.dtype))
 
+    @property
+    def matrices(self) -> list[Matrix]:
+        return self.stack.all_matrices() + self.heads.all_matrices()
+
+    @property
+    def matrix_shapes(self) -> list[str]:
+        """Names of the shapes of matrices that this model multiplies with: what `kernels` has a plan for."""
+        return matrices.names(self.matrices)
+
+    @torch.inference_mode()
+    def measure_kernels(self, shapes: Iterable[str]) -> dict[str, list[str]]:
+        """The fastest kernels for matrices of these shapes on this device, one for each of `kernels.COUNTS`."""
+        return matrices.measure_plans(self.matrices, shapes)
+
+    @property
+    def kernels(self) -> dict[str, list[str]]:
+        """The plan in use: kernels by shape. Read from the user's cache, or measured, when nobody has set it."""
+        if self._kernels is None:
+            self.kernels = remembered_plan(self.device_class, self.matrix_shapes, self.measure_kernels)
+        assert self._kernels is not None
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, plan: dict[str, list[str]]) -> None:
+        with torch.inference_mode():
+            matrices.use_plans(self.matrices, plan)
+        self._kernels = plan
+
     def check(self, policy: PolicySpec) -> None:
         """Whether this model and its exits can run a policy. Raises `BadInput`."""
         check_policy(policy, self.manifest, self.n_layers)
@@ -114,42 +155,52 @@ class Engine:
         """Prompts as the model sees them, with room for so many new tokens: see `engine.text`. Raises `BadInput`."""
         return self.text.encode(prompts, room, heal)
 
+    @memory_errors
     @torch.inference_mode()
     def prefill(self, prompts: list[Prompt], room: int) -> Prefilled:
-        """Run the prompts once, leaving room for `room` new tokens each."""
+        """Run the prompts once, leaving room for `room` new tokens each. Raises `OutOfMemory`."""
         allowed = self._allowed(prompts)
-        synchronise(self.device)
-        begin = time.perf_counter_ns()
-        start = prefill(self.stack, [prompt.token_ids for prompt in prompts], room, allowed)
-        synchronise(self.device)
-        return Prefilled(prompts, start, time.perf_counter_ns() - begin)
+        _ = self.kernels  # chosen before the clock starts
+        with Stopwatch(self.device) as watch:
+            start = prefill(self.stack, [prompt.token_ids for prompt in prompts], room, allowed)
+        return Prefilled(prompts, start, watch.ns)
 
+    @memory_errors
     @torch.inference_mode()
     def decode(self, prefilled: Prefilled, policy: PolicySpec, *, max_new_tokens: int, ends_with_line: bool) -> Decoded:
-        """Complete a prefilled batch under one policy, timed from the end of prefill. Raises `NumericalError`."""
+        """Complete a prefilled batch under one policy, timed from the end of prefill.
+
+        Raises `NumericalError`, `OutOfMemory`.
+        """
         rule = build_rule(policy, self.exit_points, self.n_layers)
         longest, space = max(prefilled.start.prompts), prefilled.start.cache.n_positions
         if longest + max_new_tokens > space:
             raise BadInput(f"max_new_tokens is {max_new_tokens}, but prefill left room for {space - longest}.")
-        start = Prefill(prefilled.start.cache.copy(), prefilled.start.prompts, prefilled.start.first)
+        start = prefilled.start.copy()
         first = zip(prefilled.prompts, start.first.tokens.tolist(), strict=True)
         ends = Ends(
             max_new_tokens,
             self.text.line_ends if ends_with_line else self.text.sequence_ends,
             [self.text.ends(prompt, token, ends_with_line) for prompt, token in first],
         )
-        synchronise(self.device)
-        begin = time.perf_counter_ns()
-        records, finishes, work, _ = decode(self.stack, self.heads, rule, policy, start, ends)
-        synchronise(self.device)
-        decode_ns = time.perf_counter_ns() - begin
+        with Stopwatch(self.device) as watch:
+            decoding = Decoding(self.stack, self.heads, rule, policy, start, ends)
+            decoding.run()
         completions = [
             self._completion(prompt, record, finish)
-            for prompt, record, finish in zip(prefilled.prompts, records, finishes, strict=True)
+            for prompt, record, finish in zip(prefilled.prompts, decoding.records, decoding.finishes, strict=True)
         ]
-        price = cost(work, self.stack, self.machine)
+        price = cost(decoding.work, self.stack, self.machine)
         written = sum(completion.n_tokens - 1 for completion in completions)
-        return Decoded(completions, decode_ns, written, price.flops, price.ideal_ns)
+        return Decoded(
+            completions,
+            watch.ns,
+            written,
+            price.flops,
+            price.ideal_ns,
+            drafted=decoding.drafted,
+            drafts_kept=decoding.drafts_kept,
+        )
 
     def complete(
         self,
@@ -180,9 +231,15 @@ class Engine:
         cold = {parse_policy("full"), *policies} - self._warm
         if not cold:
             return
-        batch = self.prefill([Prompt(list(range(1, 17))), Prompt(list(range(1, 9)))], 4)
-        for policy in cold:
-            self.decode(batch, policy, max_new_tokens=4, ends_with_line=True)
+        prompts = [Prompt(list(range(1, 17))), Prompt(list(range(1, 9)))]
+        _ = self.kernels, self.machine  # measured outside the clock
+        with Stopwatch(self.device) as watch:
+            for batch in (prompts, prompts[:1]):
+                prefilled = self.prefill(batch, 4)
+                for policy in cold:
+                    self.decode(prefilled, policy, max_new_tokens=4, ends_with_line=True)
+        if self.compiled:
+            self.compile_ns += watch.ns
         self._warm |= cold
 
     def _completion(self, prompt: Prompt, records: TokenRecords, finish: Finish) -> Completion:

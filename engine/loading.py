@@ -7,6 +7,7 @@ Nothing here executes code that comes with a model, and nothing is downloaded wh
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+#: those whose angles depend on a token's position alone; `dynamic` is one of them up to the model's own context
+_ROTARY_TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
+#: masks and angles that older releases of transformers saved among the weights, and newer ones make anew
+_HARMLESS = re.compile(r"(^|\.)(attn\.(bias|masked_bias|causal_mask)|(rotary_emb\.)?inv_freq|embed_positions)$")
 
 
 @dataclass(frozen=True)
@@ -61,18 +67,8 @@ def cache_folder() -> Path:
 def resolve_model(name: str) -> ModelFacts:
     """Find a model by catalogue name, folder or hub id, and say what it is. Raises `BadInput`."""
     folder = find_model(name)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise BadInput(
-            f"model {name!r}: {folder} has no config.json; give a folder saved by save_pretrained."
-        ) from None
-    except ValueError as error:
-        raise BadInput(
-            f"model {name!r}: {folder / 'config.json'} is not JSON ({error}); save the model again."
-        ) from None
-    if not isinstance(config, dict):
-        raise BadInput(f"model {name!r}: {folder / 'config.json'} is no JSON object; save the model again.")
+    config = _read_config(name, folder)
+    _check_rotary(name, config)
     try:
         return ModelFacts(
             name=name,
@@ -88,6 +84,33 @@ def resolve_model(name: str) -> ModelFacts:
         )
     except KeyError as missing:
         raise BadInput(f"model {name!r}: its config.json has no {missing}; is it a decoder-only model?") from None
+
+
+def _read_config(name: str, folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise BadInput(
+            f"model {name!r}: {folder} has no config.json; give a folder saved by save_pretrained."
+        ) from None
+    except ValueError as error:
+        raise BadInput(
+            f"model {name!r}: {folder / 'config.json'} is not JSON ({error}); save the model again."
+        ) from None
+    if not isinstance(config, dict):
+        raise BadInput(f"model {name!r}: {folder / 'config.json'} is no JSON object; save the model again.")
+    return config
+
+
+def _check_rotary(name: str, config: dict[str, Any]) -> None:
+    """Whether the engine turns queries and keys by the same angles as transformers. Raises `BadInput`."""
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rotary.get("rope_type", rotary.get("type", "default"))
+    if kind not in _ROTARY_TYPES:
+        raise BadInput(
+            f"model {name!r}: its config.json has rope_type {kind!r}, whose angles Shortstop does not compute exactly; "
+            f"use a model with one of {', '.join(_ROTARY_TYPES)}."
+        )
 
 
 def _end_tokens(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
@@ -118,34 +141,47 @@ def find_model(name: str) -> Path:
 
 
 def load_model(facts: ModelFacts, dtype: str = "float32") -> "PreTrainedModel":
-    """The Hugging Face model with its weights in `dtype`, on the CPU, ready for inference."""
+    """The Hugging Face model with its weights in `dtype`, on the CPU, ready for inference. Raises `BadInput`."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
-    with _quiet_transformers():
-        model, found = AutoModelForCausalLM.from_pretrained(
-            facts.folder,
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="sdpa",
-            ignore_mismatched_sizes=True,  # refused below, in a sentence
-            output_loading_info=True,
-        )
-    # transformers would go on with random weights in their place.
-    wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
-    if wrong:
+    try:
+        with _quiet_transformers():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                facts.folder,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # refused below, in a sentence
+                output_loading_info=True,
+            )
+    except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError, StrictDataclassError) as error:
+        reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
         raise BadInput(
-            f"model {facts.name!r}: config.json does not describe the weights beside it: {len(wrong)} tensors are "
-            f"missing or of another shape, {wrong[0]} first; save the model again."
-        )
+            f"model {facts.name!r}: transformers makes no model of its config.json ({reason}); save the model again."
+        ) from None
+    # transformers would go on with random weights in place of the missing, and without the unexpected.
+    missing = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    unexpected = [name for name in found["unexpected_keys"] if not _HARMLESS.search(name)]
+    _check_tensors(facts, missing, "missing or of another shape")
+    _check_tensors(facts, unexpected, "not part of such a model")
     return model.eval().requires_grad_(False)
+
+
+def _check_tensors(facts: ModelFacts, wrong: list[str], how: str) -> None:
+    if wrong:
+        count = "1 tensor is" if len(wrong) == 1 else f"{len(wrong)} tensors are"
+        raise BadInput(
+            f"model {facts.name!r}: config.json does not describe the weights beside it: {count} {how}, "
+            f"{min(wrong)} first; save the model again."
+        )
 
 
 @lru_cache(maxsize=4)
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The model's fast tokenizer. Raises `BadInput` where it has none."""
+    """The model's fast tokenizer. Raises `BadInput` where it has none, or another model's."""
     from transformers import AutoTokenizer
 
     folder = find_model(name)
@@ -156,6 +192,13 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         raise BadInput(
             f"model {name!r}: its tokenizer cannot be read from {folder} ({reason}); save it with save_pretrained."
         ) from None
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    vocab_size = _read_config(name, folder).get("vocab_size", largest + 1)
+    if largest >= vocab_size:  # a model with more rows than tokens is as usual
+        raise BadInput(
+            f"model {name!r}: its tokenizer has a token {token!r} with id {largest}, but vocab_size in config.json is "
+            f"{vocab_size}; use the tokenizer that was saved with these weights."
+        )
     # Prompts longer than the model's context are cut by the engine, which counts them.
     tokenizer.model_max_length = int(1e9)
     return tokenizer
@@ -178,7 +221,7 @@ def weights_hash(folder: Path) -> str:
     digest = _tensors_hash(files)
     with suppress(OSError):  # a note saves time next time, no more
         note.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(note, json.dumps({"stamp": stamp, "hash": digest}).encode())
+        write_whole(note, json.dumps({"stamp": stamp, "hash": digest}).encode())
     return digest
 
 
@@ -318,7 +361,7 @@ models: Registry[CatalogueModel] = Registry(
 )
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write so that a reader sees the old content or the new, never a part."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
         part.write(content)

@@ -1,39 +1,71 @@
 """The weight matrices of a stack, each multiplied with tokens by the kernel that is fastest for their number.
 
-Which kernel that is depends on the processor and changes with the number of tokens, by factors of two to four
-(`docs/decisions/kernels.md`), so it is measured: once per device class and shape. Everyone else reads what was found.
+Which kernel that is depends on the processor and changes with the number of tokens, so it is measured: once per device
+class and shape. Everyone else reads what was found.
 """
+
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from engine.kernels import KERNELS, Kernel, bucket
+from engine.kernels import KERNELS, PLAIN, VERSION, Product, measure, pack, place
 
 
 class Matrix:
     """Weights [outputs, inputs], and perhaps a bias [outputs]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight, self.bias = weight, bias
-        self.plan(["linear"])
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, keeps_dense: bool = False) -> None:
+        """keeps_dense: somebody else needs the weights as they are, an embedding for example."""
+        self.bias, self.keeps_dense = bias, keeps_dense
+        self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
+        self._weight = weight
+        self.use(PLAIN)
 
     def __call__(self, states: Tensor) -> Tensor:
         """States [tokens, inputs] times the matrix, plus the bias: [tokens, outputs]."""
-        kernels = self._kernels
-        return kernels[min(bucket(len(states)), len(kernels) - 1)](states, self.weight, self.bias)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(outputs, inputs)"""
-        return self.weight.shape[0], self.weight.shape[1]
+        return self._products[place(states.shape[0])](states)
 
     @property
     def parameters(self) -> int:
-        return self.weight.numel()
+        return self.shape[0] * self.shape[1]
 
-    def plan(self, kernels: list[str]) -> None:
-        """Use these kernels, by names in `KERNELS`, one a bucket of token counts; the last serves all larger counts."""
-        self._kernels: list[Kernel] = [KERNELS[name] for name in kernels]
+    @property
+    def name(self) -> str:
+        """Matrices of one name share a plan."""
+        return f"{self.shape[0]}x{self.shape[1]}{' embedding' if self.keeps_dense else ''}, {VERSION}"
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights as they came; a copy, where the plan has packed them."""
+        return self._weight.to_dense() if self._weight.is_mkldnn else self._weight
+
+    def use(self, kernels: Sequence[str]) -> None:
+        """Multiply with these kernels from now on, by names in `KERNELS`, one for each of `COUNTS`."""
+        weight = self.weight
+        blocks = pack(weight) if "packed" in kernels else weight
+        made = {name: KERNELS[name](blocks if name == "packed" else weight, self.bias) for name in set(kernels)}
+        self._products: list[Product] = [made[name] for name in kernels]
+        # Weights are not held twice without need.
+        self._weight = weight if self.keeps_dense or set(kernels) != {"packed"} else blocks
 
     def outputs(self, start: int, end: int | None = None) -> "Matrix":
-        """The same matrix for some of its outputs only; the weights are shared."""
-        return Matrix(self.weight[start:end], None if self.bias is None else self.bias[start:end])
+        """The same matrix for some of its outputs only: a copy, since a part would keep the whole alive once packed."""
+        return Matrix(self.weight[start:end].clone(), None if self.bias is None else self.bias[start:end])
+
+
+def names(matrices: Iterable[Matrix]) -> list[str]:
+    """The names of all different matrices, in a fixed order."""
+    return sorted({matrix.name for matrix in matrices})
+
+
+def measure_plans(matrices: Iterable[Matrix], wanted: Iterable[str]) -> dict[str, list[str]]:
+    """The fastest kernels for the matrices of each wanted name: half a second each, on an idle machine."""
+    every = list(matrices)
+    alike = {name: [matrix for matrix in every if matrix.name == name] for name in wanted}
+    return {name: measure([m.weight for m in same], same[0].keeps_dense) for name, same in alike.items()}
+
+
+def use_plans(matrices: Iterable[Matrix], plans: dict[str, list[str]]) -> None:
+    """Let each matrix multiply by the plan under its name."""
+    for matrix in matrices:
+        matrix.use(plans[matrix.name])

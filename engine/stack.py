@@ -1,19 +1,23 @@
 """A decoder as the engine sees it: embed, layers, norm, unembed, over whatever tokens are in hand.
 
 A family (`engine/architectures/`) says how its layer makes queries, keys and values and what follows attention;
-attention itself, over ragged rows with their own lengths, is written here once.
+attention itself, over ragged rows with their own lengths, is written once, in `engine/attention.py`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from engine.attention import PromptAttention, StepAttention
 from engine.cache import KeyValues, Span
 from engine.matrices import Matrix
+
+#: so many tokens of a row share one product with padding; more, and each row has its own
+_FEW = 16
 
 
 class LayerStack(ABC):
@@ -28,6 +32,7 @@ class LayerStack(ABC):
     max_context: int
     unembedding: Tensor  # [vocabulary, hidden]
     unembedder: Matrix  # the same, multiplied by the fastest kernel
+    layers: Sequence[Any]  # each layer's weights; the attributes that are a `Matrix` get a kernel plan
 
     # --- what a family says -----------------------------------------------------------------------------------
 
@@ -63,6 +68,15 @@ class LayerStack(ABC):
     def matrices(self, layer: int) -> list[Matrix]:
         """The matrices that a token multiplies with in one layer."""
 
+    def compile(self) -> None:
+        """Let `torch.compile` fuse what stands between a layer's products; it happens when a layer is first run."""
+        # Every layer is a graph of its own, and one token another than several.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * self.n_layers)
+        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 16 * self.n_layers)
+        for name in ("queries", "keys_values", "merge"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
+
     # --- what all families share ------------------------------------------------------------------------------
 
     @property
@@ -80,6 +94,11 @@ class LayerStack(ABC):
         """Normed states [tokens, hidden] to logits [tokens, vocabulary]."""
         return self.unembedder(states)
 
+    def all_matrices(self) -> list[Matrix]:
+        """Every matrix that may be multiplied with, the unembedding included."""
+        found = [value for layer in self.layers for value in vars(layer).values() if isinstance(value, Matrix)]
+        return [*found, self.unembedder]
+
     def layer_parameters(self) -> int:
         """Parameters of one layer that a token multiplies with."""
         return sum(matrix.parameters for matrix in self.matrices(0))
@@ -89,105 +108,24 @@ class LayerStack(ABC):
         if first == end:
             return states
         index, attend = self._index(span), self._attention(span, cache)
-        place = self.place(index[1])
+        place, write = self.place(index[1]), cache.writer(span, index)
         for layer in range(first, end):
             q, k, v = self.queries(layer, states, place)
-            cache.write(layer, index, k, v)
+            write(layer, k, v)
             states = self.merge(layer, states, attend(layer, q))
         return states
 
     def fill(self, states: Tensor, span: Span, cache: KeyValues, first: int, end: int) -> None:
         """Write keys and values of layers `first` to `end` (excluded) from states that do not pass them (SEC, CALM)."""
         index = self._index(span)
-        place = self.place(index[1])
+        place, write = self.place(index[1]), cache.writer(span, index)
         for layer in range(first, end):
-            cache.write(layer, index, *self.keys_values(layer, states, place))
+            write(layer, *self.keys_values(layer, states, place))
 
     def _index(self, span: Span) -> tuple[Tensor, Tensor]:
         rows, positions = torch.tensor(span.flat, device=self.device)
         return rows, positions
 
-    def _attention(self, span: Span, cache: KeyValues):  # type: ignore[no-untyped-def]
+    def _attention(self, span: Span, cache: KeyValues) -> Callable[[int, Tensor], Tensor]:
         """Attention over the span's rows: a function of layer and queries, so that masks are made once a span."""
-        return _SingleAttention(self, span, cache) if span.single else _RaggedAttention(self, span, cache)
-
-
-class _SingleAttention:
-    """One token a row: the heads that share a key are the queries of one product, rows run together under a mask."""
-
-    def __init__(self, stack: LayerStack, span: Span, cache: KeyValues) -> None:
-        self.stack, self.cache, self.reach = stack, cache, span.reach
-        self.end = max(span.reach)
-        # All rows in place: a view. Otherwise the living rows' keys are gathered.
-        everyone = span.rows == list(range(cache.n_rows))
-        self.rows = None if everyone else torch.tensor(span.rows, device=stack.device)
-        self._seen: dict[int | None, tuple[int, Tensor | None]] = {}  # by window
-
-    def __call__(self, layer: int, q: Tensor) -> Tensor:
-        stack = self.stack
-        start, mask = self._look(stack.window(layer))
-        k = self.cache.keys[layer][:, :, start : self.end]
-        v = self.cache.values[layer][:, :, start : self.end]
-        if self.rows is not None:
-            k, v = k[self.rows], v[self.rows]
-        grouped = q.reshape(len(q), stack.n_kv_heads, -1, stack.head_size)
-        mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=stack.attention_scale)
-        return mixed.reshape(len(q), -1)
-
-    def _look(self, window: int | None) -> tuple[int, Tensor | None]:
-        """The first position that any row sees, and which positions from there each row sees, [rows, 1, 1, seen]."""
-        if window not in self._seen:
-            firsts = [0 if window is None else max(0, reach - window) for reach in self.reach]
-            start, mask = min(firsts), None
-            if len(set(self.reach)) > 1:
-                device = self.stack.device
-                places = torch.arange(start, self.end, device=device)
-                mask = places < torch.tensor(self.reach, device=device)[:, None]
-                if window is not None:
-                    mask &= places >= torch.tensor(firsts, device=device)[:, None]
-                mask = mask[:, None, None]
-            self._seen[window] = start, mask
-        return self._seen[window]
-
-
-class _RaggedAttention:
-    """Several tokens a row: each row by itself, causal from its own start."""
-
-    def __init__(self, stack: LayerStack, span: Span, cache: KeyValues) -> None:
-        self.stack, self.span, self.cache = stack, span, cache
-        self._masks: dict[int | None, list[Tensor | None]] = {}  # by window, a mask a row
-
-    def __call__(self, layer: int, q: Tensor) -> Tensor:
-        span, scale = self.span, self.stack.attention_scale
-        masks = self._look(self.stack.window(layer))
-        parts = []
-        for row, reach, mask, mine in zip(span.rows, span.reach, masks, q.split(span.counts), strict=True):
-            k = self.cache.keys[layer, row : row + 1, :, :reach]
-            v = self.cache.values[layer, row : row + 1, :, :reach]
-            mixed = F.scaled_dot_product_attention(
-                mine.transpose(0, 1)[None],
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None and len(mine) > 1,
-                scale=scale,
-                enable_gqa=True,
-            )
-            parts.append(mixed[0].transpose(0, 1).reshape(len(mine), -1))
-        return torch.cat(parts)
-
-    def _look(self, window: int | None) -> list[Tensor | None]:
-        if window not in self._masks:
-            counted = zip(self.span.starts, self.span.counts, strict=True)
-            self._masks[window] = [self._mask(start, count, window) for start, count in counted]
-        return self._masks[window]
-
-    def _mask(self, start: int, count: int, window: int | None) -> Tensor | None:
-        """Which positions each of a row's tokens sees, [count, start + count]; None: plain causal, or all there is."""
-        far = window is not None and start + count > window
-        if not far and (start == 0 or count == 1):
-            return None
-        seen = torch.arange(start + count, device=self.stack.device)
-        mine = torch.arange(start, start + count, device=self.stack.device)[:, None]
-        mask = seen <= mine
-        return mask & (seen > mine - window) if window is not None else mask
+        return StepAttention(self, span, cache) if max(span.counts) <= _FEW else PromptAttention(self, span, cache)

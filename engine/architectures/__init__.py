@@ -1,7 +1,14 @@
 """One file a family: how its weights become a `LayerStack`. Third parties add one through `shortstop.architectures`."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+from engine.architectures.codegen import CodeGenStack
+from engine.architectures.gpt2 import GPT2Stack
+from engine.architectures.gpt_bigcode import GPTBigCodeStack
+from engine.architectures.llama import LlamaStack
+from engine.architectures.qwen import Qwen2Stack, Qwen3Stack
+from engine.architectures.starcoder2 import Starcoder2Stack
 from engine.errors import BadInput
 from engine.registry import Registry
 from engine.stack import LayerStack
@@ -9,21 +16,20 @@ from engine.stack import LayerStack
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-def _llama(model: "PreTrainedModel") -> LayerStack:
-    from engine.architectures.llama import LlamaStack
-
-    return LlamaStack(model)
-
-
-def _gpt2(model: "PreTrainedModel") -> LayerStack:
-    from engine.architectures.gpt2 import GPT2Stack
-
-    return GPT2Stack(model)
-
-
-#: `model_type` of a Hugging Face configuration → a function from its model to a stack
-architectures = Registry("architecture", "architectures", {"llama": _llama, "gpt2": _gpt2})
+#: `model_type` of a Hugging Face configuration → what makes a stack of its model
+architectures: Registry[Callable[[Any], LayerStack]] = Registry(
+    "architecture",
+    "architectures",
+    {
+        "codegen": CodeGenStack,
+        "gpt2": GPT2Stack,
+        "gpt_bigcode": GPTBigCodeStack,
+        "llama": LlamaStack,
+        "qwen2": Qwen2Stack,
+        "qwen3": Qwen3Stack,
+        "starcoder2": Starcoder2Stack,
+    },
+)
 
 
 def check_family(family: str) -> None:

@@ -1,67 +1,231 @@
 """`make bench`: what the engine's figures stand on. Nothing here asserts; it prints and keeps what it saw."""
 
+import argparse
+import inspect
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+
 import torch
+from transformers import PreTrainedModel
 
+from engine.cache import Span
 from engine.engine import Engine, Prefilled, Prompt
+from engine.heads import full_depth
 from engine.loading import load_model
+from engine.record import Decoded
 from engine.spec import PolicySpec, policy
-from tests.bench.measure import Row, ratio, write
+from tests.bench.measure import Row, ratio, seconds, summarise, write
 
-PROMPT, NEW = 256, 32
-
-
-def prompts(engine: Engine, rows: int) -> list[Prompt]:
-    """Real code of one length: pieces of the standard library."""
-    import argparse
-    import inspect
-
-    ids = engine.tokenizer(inspect.getsource(argparse))["input_ids"]
-    return [Prompt(ids[row * PROMPT : (row + 1) * PROMPT]) for row in range(rows)]
+PROMPT, NEW = 256, 64
+FULL = policy("full")
 
 
-def against_transformers(engine: Engine, rows: int) -> Row:
-    """Full depth, prefill and decode, against `generate` on the same weights and prompts."""
-    model, batch = load_model(engine.facts), prompts(engine, rows)
+@cache
+def code() -> str:
+    """Real code, enough for 32 prompts."""
+    return "\n".join(inspect.getsource(module) for module in (argparse, subprocess, inspect))
+
+
+def prompts(engine: Engine, rows: int, length: int = PROMPT) -> list[Prompt]:
+    """Pieces of real code of one length; where there is not enough, they overlap."""
+    ids = engine.tokenizer(code())["input_ids"]
+    step = min(length, (len(ids) - length) // rows)
+    return [Prompt(ids[row * step : row * step + length]) for row in range(rows)]
+
+
+def decode(engine: Engine, prefilled: Prefilled, spec: PolicySpec, new: int) -> Decoded:
+    """Without ends: every row writes `new` tokens."""
+    return engine.decode(prefilled, spec, max_new_tokens=new, ends_with_line=False)
+
+
+# --- full depth ------------------------------------------------------------------------------------------------------
+
+
+def against_transformers(engine: Engine, peer: PreTrainedModel, rows: int, at_least: float) -> Row:
+    """Prefill and decode against `generate`, same weights, prompts and number of tokens."""
+    batch = prompts(engine, rows)
     ids = torch.tensor([prompt.token_ids for prompt in batch])
+    mask = torch.ones_like(ids)
 
     def theirs() -> None:
-        mask = torch.ones_like(ids)
-        model.generate(ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+        peer.generate(ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
 
     def ours() -> None:
-        decode(engine, engine.prefill(batch, NEW), policy("full"))
+        decode(engine, engine.prefill(batch, NEW), FULL, NEW)
 
-    return ratio(f"speedup over transformers generate, batch {rows}", theirs, ours, pairs=5)
-
-
-def decode(engine: Engine, prefilled: Prefilled, spec: PolicySpec) -> None:
-    engine.decode(prefilled, spec, max_new_tokens=NEW, ends_with_line=False)
+    return ratio(f"full depth over transformers generate, batch {rows}", theirs, ours, pairs=5, at_least=at_least)
 
 
-def forced_exit(engine: Engine, rows: int, exit_layer: int, kv: str) -> list[Row]:
-    """Every token leaves at one exit point: what that is worth, and how much of its ideal is reached."""
+def of_the_bandwidth(engine: Engine) -> Row:
+    """A step at batch 1 against the time that reading all weights once takes, measured in between."""
+    prefilled = engine.prefill(prompts(engine, 1), NEW)
+    weights = engine.stack.n_layers * engine.stack.layer_parameters() + engine.stack.unembedding.numel()
+    size = weights * engine.stack.unembedding.element_size()
+    data = torch.zeros(2**26)
+    decode(engine, prefilled, FULL, NEW)
+    shares = []
+    for _ in range(7):
+        read = min(seconds(data.sum) for _ in range(5)) * size / data.nbytes
+        shares.append(read / (decode(engine, prefilled, FULL, NEW).decode_ns / 1e9 / (NEW - 1)))
+    return summarise("share of the bandwidth limit, batch 1", shares, "x", at_least=0.65)
+
+
+def against_plain_loop(engine: Engine, rows: int) -> Row:
+    """The dynamic loop with exits off against a loop that knows nothing of exits, rows or ends."""
     prefilled = engine.prefill(prompts(engine, rows), NEW)
-    full, fixed = policy("full"), policy("fixed", exit_layer=exit_layer, kv=kv)
-    name = f"exit at {exit_layer}, {kv}, batch {rows}"
-    measured = ratio(
-        f"{name}: speedup", lambda: decode(engine, prefilled, full), lambda: decode(engine, prefilled, fixed), pairs=5
+
+    def plain() -> None:
+        start = prefilled.start.copy()
+        with torch.inference_mode():
+            tokens, stack, everyone = start.first.tokens, engine.stack, list(range(rows))
+            for position in range(PROMPT, PROMPT + NEW - 1):
+                span = Span(everyone, [position] * rows, [1] * rows)
+                states = stack.embed(tokens, torch.full((rows,), position))
+                states = stack.run(states, span, start.cache, 0, stack.n_layers)
+                tokens = full_depth(stack, states).tokens
+
+    return ratio(
+        f"plain loop over dynamic loop, exits off, batch {rows}",
+        plain,
+        lambda: decode(engine, prefilled, FULL, NEW),
+        pairs=7,
+        at_least=0.97,
     )
-    slow, fast = (
-        engine.decode(prefilled, spec, max_new_tokens=NEW, ends_with_line=False).ideal_ns for spec in (full, fixed)
+
+
+def several_tokens(engine: Engine, tokens: int) -> Row:
+    """A forward pass of several tokens of one row, each of them unembedded, against a pass of one."""
+    prefilled = engine.prefill(prompts(engine, 1), NEW)
+    start = prefilled.start.copy()
+
+    def step(count: int) -> Callable[[], None]:
+        ids, span = torch.arange(count) + 100, Span([0], [PROMPT], [count])
+
+        def run() -> None:
+            with torch.inference_mode():
+                for _ in range(8):
+                    states = engine.stack.embed(ids, torch.arange(count) + PROMPT)
+                    full_depth(engine.stack, engine.stack.run(states, span, start.cache, 0, engine.n_layers))
+
+        return run
+
+    return ratio(f"a step with {tokens} tokens of one row over one", step(tokens), step(1), pairs=9, at_most=1.5)
+
+
+def lossless(engine: Engine) -> list[Row]:
+    """Self-speculation against full depth, batch 1: speed, drafts that were kept, and tokens that differ."""
+    prefilled = [engine.prefill([prompt], NEW) for prompt in prompts(engine, 4)]
+    spec = policy("self-speculative", exit_layer=engine.exit_points[-1])
+    full = [decode(engine, batch, FULL, NEW) for batch in prefilled]
+    drafted = [decode(engine, batch, spec, NEW) for batch in prefilled]
+    pairs = [
+        zip(a.completions[0].token_ids, b.completions[0].token_ids, strict=True)
+        for a, b in zip(full, drafted, strict=True)
+    ]
+    differ = sum(x != y for pair in pairs for x, y in pair)
+    kept = sum(d.drafts_kept for d in drafted) / max(1, sum(d.drafted for d in drafted))
+    name = f"self-speculative at {engine.exit_points[-1]}, batch 1"
+    return [
+        ratio(
+            f"{name}: speedup",
+            lambda: [decode(engine, batch, FULL, NEW) for batch in prefilled],
+            lambda: [decode(engine, batch, spec, NEW) for batch in prefilled],
+            pairs=5,
+        ),
+        Row(f"{name}: drafts kept", kept, kept, kept, "x"),
+        Row(f"{name}: tokens that differ from full depth", differ, differ, differ, "tokens"),
+    ]
+
+
+# --- exits -----------------------------------------------------------------------------------------------------------
+
+
+def forced_exit(engine: Engine, prefilled: Prefilled, exit_layer: int, kv: str, at_least: float | None) -> list[Row]:
+    """Every token leaves at one exit point: measured speedup, and how much of the ideal one it is."""
+    rows, context = len(prefilled.prompts), max(prefilled.start.prompts)
+    new = 16
+    spec = policy("fixed", exit_layer=exit_layer, kv=kv)
+    name = f"exit at {exit_layer}, {kv}, batch {rows}, context {context}"
+    ideal = decode(engine, prefilled, FULL, new).ideal_ns / decode(engine, prefilled, spec, new).ideal_ns
+    measured = [
+        decode(engine, prefilled, FULL, new).decode_ns / decode(engine, prefilled, spec, new).decode_ns
+        for _ in range(5 if rows < 16 else 3)
+    ]
+    return [
+        summarise(f"{name}: speedup (ideal {ideal:.2f})", measured, "x"),
+        summarise(f"{name}: of the ideal", [value / ideal for value in measured], "x", at_least=at_least),
+    ]
+
+
+def forced_exits(engine: Engine) -> list[Row]:
+    """Each exit point, both ways of paying, batches and contexts."""
+    rows = []
+    for context in (128, 1024):
+        for batch in (1, 4, 16):
+            prefilled = engine.prefill(prompts(engine, batch, context), 16)
+            for exit_layer in engine.exit_points:
+                for kv in ("copy", "recompute"):
+                    wanted = {1: 0.90, 16: 0.85}.get(batch)
+                    rows += forced_exit(engine, prefilled, exit_layer, kv, wanted)
+    return rows
+
+
+def of_full_ideal(engine: Engine, batch: int) -> Row:
+    """The cost model's time for full depth over the measured one: how near the kernels are to the machine's limits."""
+    prefilled = engine.prefill(prompts(engine, batch), NEW)
+    decode(engine, prefilled, FULL, NEW)
+    done = [decode(engine, prefilled, FULL, NEW) for _ in range(3)]
+    return summarise(
+        f"full depth: ideal over measured time, batch {batch}", [d.ideal_ns / d.decode_ns for d in done], "x"
     )
-    ideal = slow / fast
-    share = Row(f"{name}: of the ideal", *(v / ideal for v in (measured.value, measured.low, measured.high)), "x")
-    return [measured, share]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_memory() -> Row:
+    """What a process with the engine takes at its peak beyond one without a model, over weights and cache."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "tests.bench.main", "--memory"], capture_output=True, text=True, check=True
+    )
+    value = float(answer.stdout.split()[-1])
+    return Row("peak memory over weights and cache, batch 8", value, value, value, "x", at_most=1.3)
+
+
+def measure_peak() -> float:
+    """In this process: load, prefill, decode."""
+    import engine.engine  # noqa: F401 - everything is imported before the first reading
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    own = Engine("smollm2-135m", "smollm2-135m")
+    prefilled = own.prefill(prompts(own, 8), NEW)
+    decode(own, prefilled, FULL, NEW)
+    weights = own.stack.n_layers * own.stack.layer_parameters() + own.stack.unembedding.numel()
+    cache = 2 * 2 * prefilled.start.cache.keys.numel()  # keys and values, of the prefill and of the policy's copy
+    size = own.stack.unembedding.element_size()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / ((weights + cache) * size)
 
 
 def main() -> None:
     """Print the table and write it to build/bench/engine.json."""
+    if sys.argv[1:] == ["--memory"]:
+        print(measure_peak())
+        return
     engine = Engine("smollm2-135m", "smollm2-135m")
     print(f"{engine.device_class}; prompts of {PROMPT} tokens, {NEW} new")
-    rows = [against_transformers(engine, batch) for batch in (1, 8)]
-    for batch in (1, 8):
-        for kv in ("copy", "recompute"):
-            rows += forced_exit(engine, batch, engine.exit_points[1], kv)
+    for shape, kernels in engine.kernels.items():
+        print(f"  kernels for {shape}: {' '.join(kernels)}")
+    peer = load_model(engine.facts)
+    rows = [against_transformers(engine, peer, batch, wanted) for batch, wanted in ((1, 1.8), (8, 2.0), (32, 1.6))]
+    del peer
+    rows += [of_the_bandwidth(engine), *(of_full_ideal(engine, batch) for batch in (1, 8, 32))]
+    rows += [several_tokens(engine, 4), *(against_plain_loop(engine, batch) for batch in (1, 8))]
+    rows += lossless(engine)
+    rows += forced_exits(engine)
+    rows.append(peak_memory())
     write("engine", rows)
 
 

@@ -24,6 +24,7 @@ class Row:
     high: float
     unit: str
     at_least: float | None = None
+    at_most: float | None = None
 
 
 def seconds(act: Callable[[], object]) -> float:
@@ -34,24 +35,32 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 def ratio(
-    name: str, one: Callable[[], object], other: Callable[[], object], pairs: int = 7, at_least: float | None = None
+    name: str,
+    one: Callable[[], object],
+    other: Callable[[], object],
+    pairs: int = 7,
+    at_least: float | None = None,
+    at_most: float | None = None,
 ) -> Row:
     """How many times longer `one` takes than `other`: A B A B …, after a warm-up of both."""
     one(), other()
     ratios = [seconds(one) / seconds(other) for _ in range(pairs)]
-    return summarise(name, ratios, "x", at_least)
+    return summarise(name, ratios, "x", at_least, at_most)
 
 
-def summarise(name: str, values: list[float], unit: str, at_least: float | None = None) -> Row:
+def summarise(
+    name: str, values: list[float], unit: str, at_least: float | None = None, at_most: float | None = None
+) -> Row:
     """The median with its bootstrap interval."""
     spread = bootstrap((np.array(values),), np.median, method="percentile", rng=0).confidence_interval
-    return Row(name, float(np.median(values)), float(spread.low), float(spread.high), unit, at_least)
+    return Row(name, float(np.median(values)), float(spread.low), float(spread.high), unit, at_least, at_most)
 
 
 def write(name: str, rows: list[Row], folder: Path = Path("build/bench")) -> None:
     """Print the table, and keep it as JSON with the machine and the versions."""
     for row in rows:
         wanted = "" if row.at_least is None else f"   at least {row.at_least:g}"
+        wanted += "" if row.at_most is None else f"   at most {row.at_most:g}"
         print(f"{row.name:<58} {row.value:8.3f} {row.unit:<6} [{row.low:.3f}, {row.high:.3f}]{wanted}")
     folder.mkdir(parents=True, exist_ok=True)
     content = {

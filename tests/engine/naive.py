@@ -12,12 +12,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache, PreTrainedModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from engine.engine import Prompt
 from engine.exits import TENSORS, ExitsManifest
 from engine.record import Completion
-from engine.spec import Confidence, Controller, Fixed, Patience, PolicySpec
+from engine.spec import (
+    Confidence,
+    Controller,
+    Entropy,
+    Fixed,
+    Margin,
+    Patience,
+    PolicySpec,
+    Position,
+    StateSimilarity,
+    Static,
+)
 
 CONTINUE, EXIT, STOP = 0, 1, 2
 NAMES = {CONTINUE: "full", EXIT: "exit", STOP: "stop"}
@@ -49,8 +59,7 @@ class Bundle:
 
     def logits(self, model: PreTrainedModel, point: int, state: torch.Tensor) -> tuple[list[float], list[int]]:
         """Logits at an exit point before full depth, and the token that each stands for."""
-        unembedding = model.lm_head.weight
-        allowed = list(range(unembedding.shape[0]))
+        allowed = list(range(model.lm_head.weight.shape[0]))
         if "shortlist" in self.tensors:
             allowed = self.tensors["shortlist"].tolist()
         if self.manifest.head == "untied":
@@ -58,15 +67,26 @@ class Bundle:
         if self.manifest.head == "lens":
             down, up = self.tensors[f"heads.{point}.down"], self.tensors[f"heads.{point}.up"]
             state = state + up @ (down @ state)
-        return (unembedding[allowed] @ final_norm(model)(state)).tolist(), allowed
+        return model.lm_head(final_norm(model)(state))[allowed].tolist(), allowed
+
+
+#: families whose layers take the cache by another name
+LAYER_PAST = ("codegen", "gpt_bigcode")
+
+
+def body_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The model without its unembedding."""
+    return getattr(model, model.base_model_prefix)
 
 
 def final_norm(model: PreTrainedModel) -> torch.nn.Module:
-    return model.model.norm if model.config.model_type == "llama" else model.transformer.ln_f
+    body = body_of(model)
+    return body.ln_f if hasattr(body, "ln_f") else body.norm
 
 
 def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
-    return model.model.layers if model.config.model_type == "llama" else model.transformer.h
+    body = body_of(model)
+    return body.h if hasattr(body, "h") else body.layers
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -112,18 +132,34 @@ class Judge:
             return (self.policy.exit_layer,)
         if isinstance(self.policy, Controller):
             return self.bundle.manifest.exit_points
-        if isinstance(self.policy, Confidence | Patience):
+        if isinstance(self.policy, Confidence | Margin | Entropy | Patience | StateSimilarity | Position):
             return tuple(point for point in self.bundle.manifest.exit_points if point < self.n_layers)
         return ()
 
-    def decide(self, point: int, state: torch.Tensor) -> int:
+    def decide(self, point: int, state: torch.Tensor, before: torch.Tensor, step: int, new: int) -> int:
+        """before: the state one layer earlier. step: which of `new` tokens is written, the first being 0."""
         policy = self.policy
         if isinstance(policy, Fixed):
             return EXIT
         if isinstance(policy, Confidence):
             _, confidence = self.predict(point, state)
-            self._hangs_on(confidence - policy.threshold)
-            return EXIT if confidence > policy.threshold else CONTINUE
+            threshold = policy.threshold
+            if policy.decay is not None:
+                threshold = min(1, 0.9 * threshold + 0.1 * math.exp(-policy.decay * step / new))
+            return self._if_over(confidence, threshold)
+        if isinstance(policy, Margin):
+            first, second = sorted(self.probabilities(point, state))[:-3:-1]
+            return self._if_over(first - second, policy.threshold)
+        if isinstance(policy, Entropy):
+            entropy = -sum(p * math.log(p) for p in self.probabilities(point, state) if p > 0)
+            return self._if_over(policy.threshold, entropy)
+        if isinstance(policy, StateSimilarity):
+            a, b = state.tolist(), before.tolist()
+            dot = sum(x * y for x, y in zip(a, b, strict=True))
+            return self._if_over(dot / math.hypot(*a) / math.hypot(*b), policy.threshold)
+        if isinstance(policy, Position):
+            fallen = (policy.deepest - policy.shallowest) * min(step, policy.over) / policy.over
+            return EXIT if point >= policy.deepest - fallen else CONTINUE
         if isinstance(policy, Patience):
             self.said.append(self.predict(point, state)[0])
             recent = self.said[-policy.patience - 1 :]
@@ -152,6 +188,14 @@ class Judge:
         self._hangs_on(lead)
         return allowed[place], softmax(logits)[place]
 
+    def probabilities(self, point: int, state: torch.Tensor) -> list[float]:
+        """What the head at `point` before full depth thinks of each token that it knows."""
+        return softmax(self.bundle.logits(self.model, point, state)[0])
+
+    def _if_over(self, value: float, threshold: float) -> int:
+        self._hangs_on(value - threshold)
+        return EXIT if value > threshold else CONTINUE
+
     def _hangs_on(self, distance: float) -> None:
         self.margin = min(self.margin, abs(distance))
 
@@ -164,7 +208,7 @@ def complete(
     model: PreTrainedModel, bundle: Bundle | None, policy: PolicySpec, prompt: list[int], new: int, eos: int | None
 ) -> Written:
     """Complete one prompt."""
-    text = _Copied(model, prompt) if policy.kv == "copy" else _Recomputed(model, prompt)
+    text = {"copy": _Copied, "recompute": _Recomputed, "mask": _Masked}[policy.kv](model, prompt)
     written = Written()
     n_layers = len(layers_of(model))
     first = Judge(model, bundle, policy)
@@ -172,26 +216,45 @@ def complete(
     _note(written, token, n_layers, CONTINUE, confidence, first.margin, 0)
     while written.token_ids[-1] not in (eos, -1) and len(written.token_ids) < new:
         judge = Judge(model, bundle, policy)
-        layer, decision, state = _walk(text, judge, written.token_ids[-1], policy.max_debt)
-        text.leave(layer)
+        layer, decision, state = _walk(text, judge, written, new)
+        if not isinstance(policy, Static):
+            text.leave(layer)
         if decision == STOP:
             token, confidence = -1, judge.judge(state)[2]
         else:
-            token, confidence = judge.predict(layer, state)
+            token, confidence = judge.predict(n_layers if isinstance(policy, Static) else layer, state)
         _note(written, token, layer, decision, confidence, judge.margin, text.waiting)
     return written
 
 
-def _walk(text: "_Copied | _Recomputed", judge: Judge, token: int, max_debt: int) -> tuple[int, int, torch.Tensor]:
-    """Take a token down the layers until a rule ends the walk: layers run, decision, state."""
-    text.enter(token)
+def _walk(text: "_Copied | _Recomputed", judge: Judge, written: Written, new: int) -> tuple[int, int, torch.Tensor]:
+    """Take the newest token down the layers until a rule ends the walk: layers run, decision, state."""
+    policy, step = judge.policy, len(written.token_ids)
+    if isinstance(policy, Static):
+        return len(layers_of(judge.model)) - len(set(policy.layers)), EXIT, _pruned(text, policy, written.token_ids[-1])
+    left = [decision == "exit" for decision in written.decisions]
+    in_row = len(left) - max((i + 1 for i, early in enumerate(left) if not early), default=0)
+    free = (
+        step >= policy.full_first and text.waiting < policy.max_debt and in_row < (policy.max_exits_in_row or math.inf)
+    )
+    state = text.enter(written.token_ids[-1])
     for layer in range(1, judge.n_layers + 1):
-        state = text.deepen()
-        if layer in judge.points:
-            decision = judge.decide(layer, state)
-            if decision == STOP or (decision == EXIT and text.waiting < max_debt):
+        before, state = state, text.deepen()
+        if layer in judge.points and layer >= (policy.min_layer or 0) and step >= policy.full_first:
+            decision = judge.decide(layer, state, before, step, new)
+            if decision == STOP or (decision == EXIT and free):
                 return layer, decision, state
     return judge.n_layers, CONTINUE, state
+
+
+def _pruned(text: "_Copied", policy: Static, token: int) -> torch.Tensor:
+    text.enter(token)
+    for layer in range(1, len(text.layers) + 1):
+        if layer in policy.layers:
+            text.depth += 1
+        else:
+            state = text.deepen()
+    return state
 
 
 def _note(
@@ -206,52 +269,50 @@ def _note(
 
 
 class _Copied:
-    """Keys and values of skipped layers come from the exit state: norm, projection, rotary."""
+    """Keys and values of skipped layers come from the exit state, as if it had reached each of them."""
 
     waiting = 0
 
     def __init__(self, model: PreTrainedModel, prompt: list[int]) -> None:
         self.model, self.layers = model, layers_of(model)
-        self.llama = model.config.model_type == "llama"
         self.cache = DynamicCache(config=model.config)
         self.length = len(prompt)
-        states = _raw_states(model, torch.tensor([prompt]), self.cache)
+        states = raw_states(model, torch.tensor([prompt]), self.cache)
         self.prompt_state = states[-1][-1]
 
-    def enter(self, token: int) -> None:
+    def enter(self, token: int) -> torch.Tensor:
         self.depth = 0
         self.positions = torch.tensor([[self.length]])
         self.length += 1
-        ids = torch.tensor([[token]])
-        if self.llama:
-            self.state = self.model.model.embed_tokens(ids)
-            self.rotary = self.model.model.rotary_emb(self.state, self.positions)
+        body, ids = body_of(self.model), torch.tensor([[token]])
+        name = "layer_past" if self.model.config.model_type in LAYER_PAST else "past_key_values"
+        self.settings = {name: self.cache, "use_cache": True}
+        self.state = (body.embed_tokens if hasattr(body, "embed_tokens") else body.wte)(ids)
+        if hasattr(body, "wpe"):
+            self.state = self.state + body.wpe(self.positions)
         else:
-            self.state = self.model.transformer.wte(ids) + self.model.transformer.wpe(self.positions)
+            self.settings["position_ids"] = self.positions
+        if hasattr(body, "rotary_emb"):
+            self.settings["position_embeddings"] = body.rotary_emb(self.state, self.positions)
+        return self.state[0, 0]
 
     def deepen(self) -> torch.Tensor:
-        layer, settings = self.layers[self.depth], {"past_key_values": self.cache, "use_cache": True}
-        if self.llama:
-            settings |= {"position_embeddings": self.rotary, "position_ids": self.positions}
-        out = layer(self.state, **settings)
+        out = self.layers[self.depth](self.state, **self.settings)
         self.state = out[0] if isinstance(out, tuple) else out
         self.depth += 1
         return self.state[0, 0]
 
     def leave(self, depth: int) -> None:
-        for number in range(depth, len(self.layers)):
-            layer = self.layers[number]
-            if self.llama:
-                attention, normed = layer.self_attn, layer.input_layernorm(self.state)
-                shape = (1, 1, -1, attention.head_dim)
-                keys = attention.k_proj(normed).view(shape).transpose(1, 2)
-                values = attention.v_proj(normed).view(shape).transpose(1, 2)
-                keys, _ = apply_rotary_pos_emb(keys, keys, *self.rotary)
-            else:
-                _, keys, values = layer.attn.c_attn(layer.ln_1(self.state)).chunk(3, dim=-1)
-                shape = (1, 1, self.model.config.n_head, -1)
-                keys, values = keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
-            self.cache.update(keys, values, number)
+        # A layer keeps the keys and values of what goes in; what comes out is not wanted.
+        for layer in self.layers[depth:]:
+            layer(self.state, **self.settings)
+
+
+class _Masked(_Copied):
+    """Skipped layers have no keys and values of the token: later tokens do not see it there."""
+
+    def leave(self, depth: int) -> None:
+        pass
 
 
 class _Recomputed:
@@ -261,33 +322,38 @@ class _Recomputed:
         self.model, self.n_layers = model, len(layers_of(model))
         self.ids = list(prompt)
         self.depths: list[int] = []  # of the tokens since the prompt
-        self.prompt_state = _raw_states(model, torch.tensor([self.ids]))[-1][-1]
+        self.prompt_state = raw_states(model, torch.tensor([self.ids]))[-1][-1]
 
     @property
     def waiting(self) -> int:
         return sum(depth < self.n_layers for depth in self.depths)
 
-    def enter(self, token: int) -> None:
+    def enter(self, token: int) -> torch.Tensor:
         self.ids.append(token)
         self.depth = 0
-        self.states = _raw_states(self.model, torch.tensor([self.ids]))
+        self.states = raw_states(self.model, torch.tensor([self.ids]))
+        return self.states[0][-1]
 
     def deepen(self) -> torch.Tensor:
         self.depth += 1
-        return self.states[self.depth - 1][-1]
+        return self.states[self.depth][-1]
 
     def leave(self, depth: int) -> None:
         self.depths = [max(before, depth) for before in self.depths] + [depth]
 
 
-def _raw_states(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache | None = None) -> list[torch.Tensor]:
-    """States [tokens, hidden] behind each layer, before any final norm."""
+def raw_states(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache | None = None) -> list[torch.Tensor]:
+    """States [tokens, hidden] in front of the first layer and behind each one, before any final norm."""
     states: list[torch.Tensor] = []
 
     def keep(_module: object, _inputs: object, out: object) -> None:
         states.append((out[0] if isinstance(out, tuple) else out)[0])
 
+    def keep_first(_module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        states.append(inputs[0][0])
+
     hooks = [layer.register_forward_hook(keep) for layer in layers_of(model)]
+    hooks.append(layers_of(model)[0].register_forward_pre_hook(keep_first))
     try:
         model(ids, past_key_values=cache, use_cache=cache is not None)
     finally:
@@ -341,3 +407,17 @@ def count_ties(mine: list[Completion], theirs: list[Completion], judge: list[Wri
             assert naive.margins[place] < TIE, story
             ties += 1
     return ties
+
+
+@torch.inference_mode()
+def forward_keys_values(peer: PreTrainedModel, text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of all layers, [layers, kv heads, tokens, head size] each."""
+    cache = DynamicCache(config=peer.config)
+    peer(torch.tensor([text]), past_key_values=cache, use_cache=True)
+    return torch.cat([layer.keys for layer in cache.layers]), torch.cat([layer.values for layer in cache.layers])
+
+
+def relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference of any layer, as a share of that layer's largest entry."""
+    gap = (mine - theirs).abs().flatten(1).max(dim=1).values
+    return float((gap / theirs.abs().flatten(1).max(dim=1).values).max())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CONFIGS, EOS, random_model, random_prompts
+from tiny_models import CONFIGS, CONTEXT, EOS, random_model, random_prompts
 from transformers import PreTrainedModel
 
 from engine.engine import Engine, Prompt
@@ -31,6 +31,14 @@ def test_tiny_models(kind: str, tiny_engine: Callable[..., Engine]) -> None:
         mine = write(engine, chosen, 14, batch_size)
         differing += differences(peer, chosen, mine, theirs)
     print(f"{kind}: {len(differing)} of {len(prompts) * 14 + len(prompts[::4]) * 14} tokens differ {differing}")
+
+
+def test_dynamic_angles_to_the_end_of_the_context(tiny_engine: Callable[..., Engine]) -> None:
+    """Protects angles that change with the text's length: they do so beyond the context only, and we end there."""
+    kind = "llama rope dynamic"
+    prompts = random_prompts(4, seed=5, shortest=CONTEXT - 14, longest=CONTEXT - 14)
+    theirs = generate(random_model(kind), prompts, 14, 4)
+    assert differences(random_model(kind), prompts, write(tiny_engine(kind), prompts, 14, 4), theirs) == []
 
 
 @pytest.mark.parametrize(("batch_size", "count"), [(8, 12), (1, 3)])

@@ -1,5 +1,6 @@
 """Small models with random weights, and exit bundles with random heads, on disk as a user would have them."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -11,12 +12,17 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
+    CodeGenConfig,
     GPT2Config,
-    GPT2LMHeadModel,
+    GPTBigCodeConfig,
     LlamaConfig,
-    LlamaForCausalLM,
+    MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Starcoder2Config,
 )
 from transformers.utils import logging
 
@@ -48,6 +54,8 @@ _LLAMA = {
     "eos_token_id": EOS,
     "pad_token_id": EOS,
 }
+#: what Qwen and StarCoder2 have that Llama has not
+_WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
 _GPT2 = {
     "vocab_size": VOCABULARY,
     "n_embd": HIDDEN,
@@ -68,6 +76,14 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 24,
 }
 
+_YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 24}
+_CODEGEN = _GPT2 | {"n_head": 4, "rotary_dim": 6}
+
+
+def _llama_rope(**rope: object) -> LlamaConfig:
+    return LlamaConfig(**_LLAMA | {"rope_parameters": {"rope_theta": 10000.0} | rope})
+
+
 CONFIGS = {
     "llama": LlamaConfig(**_LLAMA),
     "llama untied": LlamaConfig(**_LLAMA | {"tie_word_embeddings": False}),
@@ -76,11 +92,12 @@ CONFIGS = {
     "llama wide heads": LlamaConfig(**_LLAMA | {"head_dim": 16}),
     "llama attention bias": LlamaConfig(**_LLAMA | {"attention_bias": True}),
     "llama mlp bias": LlamaConfig(**_LLAMA | {"mlp_bias": True, "hidden_act": "gelu"}),
-    "llama rope theta": LlamaConfig(**_LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
-    "llama rope linear": LlamaConfig(
-        **_LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}}
-    ),
-    "llama rope llama3": LlamaConfig(**_LLAMA | {"rope_parameters": _LLAMA3_ROPE}),
+    "llama rope theta": _llama_rope(rope_type="default", rope_theta=500.0),
+    "llama rope linear": _llama_rope(rope_type="linear", factor=3.0),
+    "llama rope llama3": _llama_rope(**_LLAMA3_ROPE),
+    "llama rope yarn": _llama_rope(**_YARN_ROPE),
+    "llama rope yarn attention factor": _llama_rope(**_YARN_ROPE, attention_factor=0.8, beta_fast=8.0),
+    "llama rope dynamic": _llama_rope(rope_type="dynamic", factor=4.0),
     "llama norm epsilon": LlamaConfig(**_LLAMA | {"rms_norm_eps": 0.3}),
     "gpt2": GPT2Config(**_GPT2),
     "gpt2 untied": GPT2Config(**_GPT2 | {"tie_word_embeddings": False}),
@@ -88,14 +105,44 @@ CONFIGS = {
     "gpt2 unscaled": GPT2Config(**_GPT2 | {"scale_attn_weights": False}),
     "gpt2 upcast": GPT2Config(**_GPT2 | {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}),
     "gpt2 narrow mlp": GPT2Config(**_GPT2 | {"n_inner": 40, "activation_function": "relu"}),
+    "qwen2": Qwen2Config(**_LLAMA),
+    "qwen2 untied": Qwen2Config(**_LLAMA | {"tie_word_embeddings": False}),
+    "qwen2 window in the upper layers": Qwen2Config(**_LLAMA | _WINDOW),
+    "qwen2 window in every other layer": Qwen2Config(
+        **_LLAMA | _WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * (N_LAYERS // 2)}
+    ),
+    "qwen2 window not used": Qwen2Config(**_LLAMA | _WINDOW | {"use_sliding_window": False}),
+    "qwen2 rope yarn": Qwen2Config(**_LLAMA | {"rope_parameters": _YARN_ROPE}),
+    "qwen3": Qwen3Config(**_LLAMA | {"head_dim": 16}),
+    "qwen3 attention bias": Qwen3Config(**_LLAMA | {"head_dim": 8, "attention_bias": True}),
+    "qwen3 one key head": Qwen3Config(**_LLAMA | {"head_dim": 8, "num_key_value_heads": 1}),
+    "qwen3 untied, with a window": Qwen3Config(**_LLAMA | _WINDOW | {"head_dim": 16, "tie_word_embeddings": False}),
+    "codegen": CodeGenConfig(**_CODEGEN),
+    "codegen tied": CodeGenConfig(**_CODEGEN | {"tie_word_embeddings": True}),
+    "codegen all of a head turns": CodeGenConfig(**_CODEGEN | {"rotary_dim": 12}),
+    "codegen two heads a core": CodeGenConfig(**_CODEGEN | {"n_head": 8, "rotary_dim": 4}),
+    "codegen narrow mlp": CodeGenConfig(**_CODEGEN | {"n_inner": 40, "activation_function": "relu"}),
+    "gpt_bigcode": GPTBigCodeConfig(**_GPT2),
+    "gpt_bigcode every head its own keys": GPTBigCodeConfig(**_GPT2 | {"multi_query": False}),
+    "gpt_bigcode unscaled": GPTBigCodeConfig(**_GPT2 | {"scale_attn_weights": False}),
+    "gpt_bigcode untied": GPTBigCodeConfig(**_GPT2 | {"tie_word_embeddings": False, "n_inner": 40}),
+    "starcoder2": Starcoder2Config(**_LLAMA),
+    "starcoder2 window": Starcoder2Config(**_LLAMA | {"sliding_window": 7}),
+    "starcoder2 no bias": Starcoder2Config(**_LLAMA | {"use_bias": False, "hidden_act": "relu"}),
+    "starcoder2 untied": Starcoder2Config(**_LLAMA | {"tie_word_embeddings": False, "norm_epsilon": 0.3}),
+    "starcoder2 every head its own keys": Starcoder2Config(**_LLAMA | {"num_key_value_heads": 6}),
+    "starcoder2 rope linear": Starcoder2Config(
+        **_LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}}
+    ),
 }
+#: families that are not built in
+OTHERS = {"mistral": MistralConfig(**_LLAMA | {"sliding_window": 7})}
 
 
 def random_model(kind: str, seed: int = 0) -> PreTrainedModel:
     """A model of one of `CONFIGS`; biases and norms are random too, so that none can be forgotten unseen."""
     torch.manual_seed(seed)
-    config = CONFIGS[kind]
-    model = (LlamaForCausalLM if config.model_type == "llama" else GPT2LMHeadModel)(config)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind] if kind in CONFIGS else OTHERS[kind]))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("bias"):
