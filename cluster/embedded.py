@@ -128,6 +128,8 @@ def _token_schema() -> "pa.Schema":
             ("layers_run", pa.int16()),
             ("decision", pa.string()),
             ("confidence", pa.float32()),
+            ("draft_layer", pa.int16()),
+            ("draft_kept", pa.bool_()),
         ]
     )
 
@@ -141,6 +143,7 @@ def _token_batches(url: str, job_id: int, schema: "pa.Schema") -> "Iterator[pa.R
 def _arrow(batch: TokenBatch, schema: "pa.Schema") -> "pa.RecordBatch":
     import pyarrow as pa
 
-    masks = {"token_id": batch.token_id < 0}
+    never = batch.draft_layer == 0
+    masks = {"token_id": batch.token_id < 0, "draft_layer": never, "draft_kept": never}
     columns = [pa.array(getattr(batch, field.name), type=field.type, mask=masks.get(field.name)) for field in schema]
     return pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -81,6 +81,8 @@ def _run_data(connection: Connection, one: RunRow) -> RunData:
         exit_histogram=sums.exit_histogram,
         stop_histogram=sums.stop_histogram,
         decisions={"full": sums.full_tokens, "exit": sums.exit_tokens, "stop": sums.stops},
+        drafted=sums.drafted,
+        drafts_kept=sums.drafts_kept,
     )
 
 
@@ -205,6 +207,7 @@ def _token_batch(one: RunRow, dialect: str, rows: Sequence[tuple[Any, ...]]) -> 
     kept = [(row[0], row[1], arrays) for row in rows if (arrays := tokens_from(dialect, row[2:])) is not None]
     lengths = [len(arrays) for _, _, arrays in kept]
     decisions = _joined([arrays.decisions for _, _, arrays in kept], np.int16)
+    drafts = _joined([arrays.drafts for _, _, arrays in kept], np.int16)
     return TokenBatch(
         run_id=np.full(sum(lengths), one.id, np.int64),
         job_id=np.full(sum(lengths), one.job_id, np.int64),
@@ -217,6 +220,8 @@ def _token_batch(one: RunRow, dialect: str, rows: Sequence[tuple[Any, ...]]) -> 
         layers_run=_joined([arrays.layers_run for _, _, arrays in kept], np.int16),
         decision=_DECISIONS[decisions],
         confidence=_joined([arrays.confidences for _, _, arrays in kept], np.float32),
+        draft_layer=np.abs(drafts),
+        draft_kept=drafts > 0,
     )
 
 

@@ -18,6 +18,13 @@ class TokenArrays:
     layers_run: npt.NDArray[np.int16]  # [n]
     decisions: npt.NDArray[np.int16]  # [n] 0 full, 1 exit, 2 stop
     confidences: npt.NDArray[np.float32]  # [n]
+    #: [n] 0: never a draft; L: drafted after layer L, and full depth agreed; -L: it did not, and this is its own choice
+    drafts: npt.NDArray[np.int16] = field(default_factory=lambda: np.zeros(0, np.int16))
+
+    def __post_init__(self) -> None:
+        """Left out, `drafts` are zeros."""
+        if len(self.drafts) == 0:
+            object.__setattr__(self, "drafts", np.zeros(len(self), np.int16))
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -76,6 +83,8 @@ class TimingRow:
     ideal_ns: int
     device_class: str
     timed: bool  #: False where the worker was not alone on its device: kept, never used for a speedup
+    drafted: int = 0  #: tokens that were drafted, those included that were undone because one before them was wrong
+    drafts_kept: int = 0  #: drafts that full depth agreed with
 
 
 @dataclass(frozen=True)
@@ -216,6 +225,8 @@ class TokenBatch:
     layers_run: npt.NDArray[np.int16]
     decision: npt.NDArray[np.object_]  #: "full", "exit", "stop"
     confidence: npt.NDArray[np.float32]
+    draft_layer: npt.NDArray[np.int16]  #: 0 where the token was never a draft
+    draft_kept: npt.NDArray[np.bool_]  #: False there
 
     def __len__(self) -> int:
         return len(self.run_id)
@@ -243,7 +254,9 @@ class Rollup:
     decode_ns: int = 0
     decode_tokens: int = 0
     ideal_ns: int = 0
-    flops: int = 0  #: all batches
+    flops: int = 0  #: this and the next two: all batches
+    drafted: int = 0
+    drafts_kept: int = 0
     exit_histogram: dict[int, int] = field(default_factory=dict)  #: exit layer -> tokens
     stop_histogram: dict[int, int] = field(default_factory=dict)  #: exit layer -> stops
     score_counts: dict[str, int] = field(default_factory=dict)  #: metric -> completions scored
@@ -289,5 +302,7 @@ class RunData:
     exit_histogram: dict[int, int]  #: exit layer -> tokens
     stop_histogram: dict[int, int]  #: exit layer -> stops
     decisions: dict[str, int]  #: "full", "exit", "stop"
+    drafted: int = 0
+    drafts_kept: int = 0
     #: the `full` run of the same benchmark in the same job; None for that run itself
     full: "RunData | None" = None

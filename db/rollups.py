@@ -100,6 +100,8 @@ def _of_timings(timings: list[TimingRow]) -> Rollup:
         decode_tokens=sum(t.decode_tokens for t in timed),
         ideal_ns=sum(t.ideal_ns for t in timed),
         flops=sum(t.flops for t in timings),
+        drafted=sum(t.drafted for t in timings),
+        drafts_kept=sum(t.drafts_kept for t in timings),
     )
 
 

@@ -44,6 +44,11 @@ def _refers(name: str, target: str, *, nullable: bool = False) -> Column[Any]:
     return Column(name, Id, ForeignKey(target), nullable=nullable)
 
 
+def _drafts() -> list[Column[Any]]:
+    """Sums of drafts; rows that were written before there were any have none."""
+    return [Column(name, BigInteger, nullable=False, server_default="0") for name in ("drafted", "drafts_kept")]
+
+
 job = Table(
     "job",
     metadata,
@@ -212,6 +217,7 @@ timing = Table(
     Column("ideal_ns", BigInteger, nullable=False),
     Column("device_class", Text, nullable=False),
     Column("timed", Boolean, nullable=False),
+    *_drafts(),
     PrimaryKeyConstraint("run_id", "batch"),
 )
 
@@ -231,15 +237,38 @@ rollup = Table(
         Column(name, JSON, nullable=False)
         for name in ("exit_histogram", "stop_histogram", "score_counts", "score_sums")
     ),
+    *_drafts(),
     PrimaryKeyConstraint("run_id", "task_id"),
 )
 
+#: what a device class reaches: the fields of `engine.cost.Machine`
 device_class = Table(
     "device_class",
     metadata,
     Column("name", Text, primary_key=True),
     Column("plan", JSON, nullable=False),
     Column("created_at", Double, nullable=False),
+)
+
+#: the kernels that multiply matrices of one shape: chosen once per device class
+kernel_plan = Table(
+    "kernel_plan",
+    metadata,
+    Column("device_class", Text),
+    Column("shape", Text),
+    Column("kernels", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+    PrimaryKeyConstraint("device_class", "shape"),
+)
+
+#: provenance: what a job was computed with on each device class, kernels by shape
+job_kernels = Table(
+    "job_kernels",
+    metadata,
+    _refers("job_id", "job.id"),
+    Column("device_class", Text),
+    Column("kernels", JSON, nullable=False),
+    PrimaryKeyConstraint("job_id", "device_class"),
 )
 
 

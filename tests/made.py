@@ -1,8 +1,10 @@
 """Jobs and results made up for tests of the record: no model, random tokens, every count consistent."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from db import jobs, queue, results
 from db.queue import Lease
@@ -10,6 +12,7 @@ from db.records import (
     OutcomeRow,
     PlannedBenchmark,
     PlannedPolicy,
+    RunRow,
     SampleRow,
     ScoreRow,
     ShardResults,
@@ -61,8 +64,8 @@ def claimed(db: Database, worker: str = "worker", **options: object) -> Lease:
     return lease
 
 
-def token_arrays(rng: np.random.Generator, n: int, *, stop: bool) -> TokenArrays:
-    """n tokens, and behind them the stop."""
+def token_arrays(rng: np.random.Generator, n: int, *, stop: bool, drafting: bool = False) -> TokenArrays:
+    """n tokens, and behind them the stop; under a policy that drafts some were drafts, kept or not."""
     total = n + stop
     decisions = rng.integers(0, 2, total).astype(np.int16)
     token_ids = rng.integers(0, 49_152, total).astype(np.int32)
@@ -70,10 +73,18 @@ def token_arrays(rng: np.random.Generator, n: int, *, stop: bool) -> TokenArrays
         decisions[-1], token_ids[-1] = 2, -1
     exit_layers = np.where(decisions == 0, N_LAYERS, rng.integers(1, N_LAYERS, total)).astype(np.int16)
     layers_run = np.maximum(exit_layers, rng.integers(1, N_LAYERS + 1, total)).astype(np.int16)
-    return TokenArrays(token_ids, exit_layers, layers_run, decisions, rng.random(total, dtype=np.float32))
+    made = TokenArrays(token_ids, exit_layers, layers_run, decisions, rng.random(total, dtype=np.float32))
+    return replace(made, drafts=_drafts(rng, decisions)) if drafting else made
 
 
-def outcome(rng: np.random.Generator, run_id: int, sample_id: int, max_tokens: int = 10) -> OutcomeRow:
+def _drafts(rng: np.random.Generator, decisions: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
+    layers = rng.choice([0, 18, -18, 24], len(decisions))
+    return np.where(decisions == 2, 0, layers).astype(np.int16)
+
+
+def outcome(
+    rng: np.random.Generator, run_id: int, sample_id: int, max_tokens: int = 10, *, drafting: bool = False
+) -> OutcomeRow:
     """A completion, or once in ten an error."""
     if rng.random() < 0.1:
         return OutcomeRow(run_id, sample_id, None, "it broke", None, 0, 7, 0, False, None)
@@ -89,7 +100,7 @@ def outcome(rng: np.random.Generator, run_id: int, sample_id: int, max_tokens: i
         prompt_tokens=int(rng.integers(1, 100)),
         cut_tokens=int(rng.integers(0, 2)),
         shown=not stop,
-        tokens=token_arrays(rng, n_tokens, stop=stop),
+        tokens=token_arrays(rng, n_tokens, stop=stop, drafting=drafting),
     )
 
 
@@ -108,13 +119,18 @@ def results_of(
         if run.benchmark_id != lease.benchmark_id:
             continue
         for sample in samples:
-            made.outcomes.append(outcome(rng, run.id, sample.id, tokens))
+            made.outcomes.append(outcome(rng, run.id, sample.id, tokens, drafting=_drafting(run)))
             made.scores.extend(_scores(rng, run.id, sample))
         for batch in range(lease.first_batch, end):
             rows = min(size, samples[-1].position + 1 - batch * size)
             figures = (int(n) for n in rng.integers(1, 10**12, 5))
-            made.timings.append(TimingRow(run.id, batch, rows, *figures, "cpu-test", bool(rng.random() < 0.8)))
+            timing = TimingRow(run.id, batch, rows, *figures, "cpu-test", bool(rng.random() < 0.8))
+            made.timings.append(replace(timing, drafted=7, drafts_kept=3 + batch % 2) if _drafting(run) else timing)
     return made
+
+
+def _drafting(run: RunRow) -> bool:
+    return run.policy_kind == "self-speculative"
 
 
 def _scores(rng: np.random.Generator, run_id: int, sample: SampleRow) -> list[ScoreRow]:

@@ -41,6 +41,7 @@ def summarise(run: RunData) -> dict[str, Any]:
         **_depth(run, run.pinned["n_layers"]),
         **_speed(run, full),
         **_latency(run),
+        **_drafts(run),
         "metrics": {name: _mean(run.source_group, values) for name, values in run.scores.items()},
         "change": _change(run, full),
         "exit_histogram": _by_layer(run.exit_histogram),
@@ -108,6 +109,7 @@ def _counts(run: RunData) -> dict[str, Any]:
         "tokens": int(run.n_tokens.sum()),
         "stops": int(run.stopped.sum()),
         "cut_prompts": int(run.cut.sum()),
+        "isolated": int(run.isolated.sum()),
         "shown": float(run.shown[completed].mean()) if completed.any() else None,
         "flops": int(run.flops.sum()),
         "untimed_batches": int((~run.timed).sum()),
@@ -155,6 +157,12 @@ def _latency(run: RunData) -> dict[str, Any]:
         "decode_ms_p95": _percentile(decode, 95),
         "tokens_per_second": _finite(_ratio(run.decode_tokens[run.timed] * SECOND, run.decode_ns[run.timed], axis=-1)),
     }
+
+
+def _drafts(run: RunData) -> dict[str, Any]:
+    """Over all batches. The share is of all drafts: one that was undone behind a wrong one is a loss as well."""
+    kept_share = run.drafts_kept / run.drafted if run.drafted else None
+    return {"drafted": run.drafted, "drafts_kept": run.drafts_kept, "drafts_kept_share": kept_share}
 
 
 def _mean(groups: npt.NDArray[np.object_], values: Numbers) -> Estimate:

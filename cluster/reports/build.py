@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.reports.examples import Decode, pick_examples
 from cluster.reports.model import BenchmarkReport, Estimate, JobReport, RunReport, RunSummary
-from db import jobs
+from db import devices, jobs
 from db.records import JobRow, Rollup, RunRow
 from db.rollups import rollup
 from db.session import Database
@@ -30,6 +30,7 @@ def build_report(db: Database, job_id: int, decode: Decode | None = None) -> Job
     by_benchmark = [list(group) for _, group in groupby(runs, key=lambda run: run.benchmark_id)]
     room = max(FEWEST_EXAMPLES, EXAMPLES // len(by_benchmark)) if by_benchmark else 0
     pinned = job.pinned or {}
+    kernels = devices.kernels_of(db, job_id)
     return JobReport(
         job_id=job.id,
         name=job.name,
@@ -43,7 +44,7 @@ def build_report(db: Database, job_id: int, decode: Decode | None = None) -> Job
         batches_total=progress.batches_total,
         model=_asked_or_pinned(job, "model") or "",
         exits=_asked_or_pinned(job, "exits"),
-        provenance=pinned,
+        provenance=pinned | ({"kernels": kernels} if kernels else {}),
         benchmarks=[_benchmark(db, runs, pinned, decode, room) for runs in by_benchmark],
     )
 
@@ -106,6 +107,7 @@ def live_summary(run: Rollup, full: Rollup | None, n_layers: int | None) -> RunS
         tokens=run.tokens,
         stops=run.stops,
         cut_prompts=run.cut_prompts,
+        isolated=run.isolated,
         shown=_ratio(run.shown, run.samples - run.errors),
         n_layers=n_layers,
         mean_exit_layer=_ratio(run.exit_layer_sum, run.tokens),
@@ -114,6 +116,9 @@ def live_summary(run: Rollup, full: Rollup | None, n_layers: int | None) -> RunS
         tokens_per_second=_ratio(run.decode_tokens, run.decode_ns * BILLIONTH),
         flops=run.flops,
         untimed_batches=run.untimed_batches,
+        drafted=run.drafted,
+        drafts_kept=run.drafts_kept,
+        drafts_kept_share=_ratio(run.drafts_kept, run.drafted),
         metrics={name: Estimate(value=value) for name, value in metrics.items()},
         change=_live_change(metrics, _means(full)) if full is not None else {},
         exit_histogram={str(layer): number for layer, number in sorted(run.exit_histogram.items())},

@@ -140,8 +140,10 @@ def _tokens(tokens: TokenArrays, decode: Decode) -> list[ExampleToken]:
             layers_run=int(tokens.layers_run[place]),
             decision=DECISIONS[tokens.decisions[place]],
             probability=float(tokens.confidences[place]) if np.isfinite(tokens.confidences[place]) else None,
+            draft_layer=abs(draft) or None,
+            draft_kept=draft > 0 if draft else None,
         )
-        for place in range(len(tokens))
+        for place, draft in enumerate(tokens.drafts.tolist())
     ]
 
 

@@ -32,6 +32,7 @@ class RunSummary(Part):
     tokens: int = 0  #: stops not counted
     stops: int = 0
     cut_prompts: int = 0
+    isolated: int = 0  #: samples done alone, or in a batch that was halved for memory
     shown: float | None = None  #: share of the completions that were offered
     n_layers: int | None = None
     mean_exit_layer: float | None = None
@@ -47,6 +48,9 @@ class RunSummary(Part):
     tokens_per_second: float | None = None
     flops: int = 0
     untimed_batches: int = 0
+    drafted: int = 0  #: tokens that an exit head proposed to full depth, those included that were undone unseen
+    drafts_kept: int = 0  #: drafts that full depth agreed with
+    drafts_kept_share: float | None = None  #: of all drafts, 0..1; None where there were none
     metrics: dict[str, Estimate] = {}
     change: dict[str, Estimate] = {}  #: against full depth on the same samples; `rouge_l_relative` is a share
     exit_histogram: dict[str, int] = {}  #: exit layer -> tokens
@@ -84,6 +88,8 @@ class ExampleToken(Part):
     layers_run: int
     decision: DecisionName
     probability: float | None  #: that the predicting head gave to its token; for a stop, the controller's for stopping
+    draft_layer: int | None = None  #: after which the place was drafted; None where it never was
+    draft_kept: bool | None = None  #: False: full depth disagreed, and this is its own choice
 
 
 class ExampleCompletion(Part):
@@ -135,6 +141,11 @@ class BenchmarkReport(Part):
         """All runs but the baseline."""
         return [run for run in self.runs if run is not self.baseline]
 
+    @property
+    def drafting(self) -> list[RunReport]:
+        """The runs whose policy drafted tokens for full depth to check."""
+        return [run for run in self.runs if run.summary.drafted]
+
 
 class JobReport(Part):
     """What a job found. Times are seconds since 1970. `model_dump_json` and `model_validate_json` are inverse."""
@@ -152,6 +163,7 @@ class JobReport(Part):
     batches_total: int
     model: str
     exits: str | None
+    #: what the job pinned; and as `kernels`, by device class and shape of matrix, what its results were computed with
     provenance: dict[str, Any]
     benchmarks: list[BenchmarkReport]
 

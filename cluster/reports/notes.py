@@ -32,7 +32,13 @@ def job_notes(report: JobReport) -> list[Note]:
 
 def benchmark_notes(benchmark: BenchmarkReport) -> list[Note]:
     """About one benchmark: slowdowns, and what is missing from its numbers."""
-    cautions = [_slowdowns(benchmark), _missing(benchmark), _errors(benchmark), _untimed(benchmark)]
+    cautions = [
+        _slowdowns(benchmark),
+        _missing(benchmark),
+        _errors(benchmark),
+        _isolated(benchmark),
+        _untimed(benchmark),
+    ]
     remarks = [_cut_prompts(benchmark), _hidden(benchmark), PROXY]
     notes = [Note("caution", text) for text in cautions if text] + [Note("remark", text) for text in remarks if text]
     return [*notes, *_left_out(benchmark)]
@@ -90,6 +96,14 @@ def _errors(benchmark: BenchmarkReport) -> str | None:
         return None
     shares = [f"{run.policy} ({count(run.summary.errors)} of {count(run.summary.samples)})" for run in failed]
     return f"Samples that ended with an error: {_listed(shares)}. They have no scores."
+
+
+def _isolated(benchmark: BenchmarkReport) -> str | None:
+    most = max((run.summary.isolated for run in benchmark.runs), default=0)
+    if not most:
+        return None
+    done = _plural(most, "sample was", "samples were")
+    return f"{done} done alone or in a batch halved for memory; another run may complete them differently."
 
 
 def _untimed(benchmark: BenchmarkReport) -> str | None:

@@ -143,6 +143,9 @@ def _tip(token: ExampleToken, depth: int, diverges: bool) -> str:
         said += f" · probability {'of stopping ' if token.decision == 'stop' else ''}{token.probability:.3f}"
     if token.layers_run != token.exit_layer:
         said += f" · {token.layers_run} layers run in the end"
+    if token.draft_layer is not None:
+        agreed = "full depth agreed" if token.draft_kept else "full depth chose this instead"
+        said += f" · drafted after layer {token.draft_layer}, {agreed}"
     return f"{said} · first token that differs from full depth" if diverges else said
 
 
@@ -164,8 +167,8 @@ def _facts(report: JobReport) -> list[tuple[str, str]]:
 
 
 def _provenance(report: JobReport) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Groups of named values: what was pinned, what is nested in it, and the benchmarks."""
-    pinned = report.provenance
+    """Groups of named values: what was pinned, what is nested in it, the benchmarks, and kernels by device class."""
+    pinned = {key: value for key, value in report.provenance.items() if key != "kernels"}
     plain = [(_words(key), _plain(value)) for key, value in pinned.items() if not isinstance(value, dict)]
     nested = [
         (_words(key), [(str(name), _plain(inner)) for name, inner in value.items()])
@@ -173,7 +176,15 @@ def _provenance(report: JobReport) -> list[tuple[str, list[tuple[str, str]]]]:
         if isinstance(value, dict) and value and key != "benchmarks"
     ]
     benchmarks = [(found.name, f"version {found.version}, {found.content_hash}") for found in report.benchmarks]
-    return [("Job", plain), ("Benchmarks", benchmarks), *nested]
+    return [("Job", plain), ("Benchmarks", benchmarks), *nested, *_kernels(report)]
+
+
+def _kernels(report: JobReport) -> list[tuple[str, list[tuple[str, str]]]]:
+    """For each shape of matrix the kernels that multiplied it, from one token at a time to many."""
+    return [
+        (f"Kernels on {name}", [(shape, _plain(kernels)) for shape, kernels in by_shape.items()])
+        for name, by_shape in report.provenance.get("kernels", {}).items()
+    ]
 
 
 def _words(key: str) -> str:

@@ -1,4 +1,4 @@
-"""The report on a terminal, or in a file it is piped to: two tables a benchmark, legible at 100 columns."""
+"""The report on a terminal, or in a file it is piped to: a few tables a benchmark, legible at 100 columns."""
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -43,6 +43,7 @@ def _benchmark(benchmark: BenchmarkReport) -> list[RenderableType]:
     name.append(f"  {formats.count(benchmark.samples)} samples", style="dim")
     lines: list[RenderableType] = [name, Text(formats.printable(headline(benchmark)))]
     lines += [_speed_table(benchmark), _quality_table(benchmark)]
+    lines += [_drafts_table(benchmark)] if benchmark.drafting else []
     return [*lines, *map(_note, benchmark_notes(benchmark))]
 
 
@@ -83,6 +84,16 @@ def _quality_table(benchmark: BenchmarkReport) -> Table:
             "baseline" if is_baseline else changed,
             *(formats.score(summary.metric(name).value) for name in ("em", "es", "accepted")),
         )
+    return table
+
+
+def _drafts_table(benchmark: BenchmarkReport) -> Table:
+    table = _table("Drafts")
+    for column in ("Drafted", "Kept", "Share kept"):
+        table.add_column(column, justify="right")
+    for run in benchmark.drafting:
+        drafted, kept, share = run.summary.drafted, run.summary.drafts_kept, run.summary.drafts_kept_share
+        table.add_row(_policy(run), formats.count(drafted), formats.count(kept), formats.percent(share))
     return table
 
 

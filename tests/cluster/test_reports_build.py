@@ -13,14 +13,14 @@ from cluster.reports.examples import first_divergence
 from cluster.reports.model import JobReport, RunSummary
 from cluster.reports.page import render_page
 from cluster.reports.terminal import print_report
-from db import jobs, results
+from db import devices, jobs, results
 from db.errors import BadInput
 from db.records import Rollup
 from db.rollups import rollup
 from db.session import Database, open_database
 from workers.estimates import summarise
 
-POLICIES = ("full", "confidence threshold=0.9", "sec exit=0.9")
+POLICIES = ("full", "confidence threshold=0.9", "sec exit=0.9", "self-speculative exit_layer=18")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_job_under_way_is_reported_as_partial(db: Database) -> None:
     commit(db, job_id, 3)
     report = build_report(db, job_id)
     assert (report.partial, report.batches_done, report.batches_total) == (True, 6, 12)
-    assert [run.summary.samples for run in report.runs] == [12] * 3
+    assert [run.summary.samples for run in report.runs] == [12] * 4
     assert all(run.summary.speedup_token.low is None for run in report.runs)
     assert "This report is partial: the job is running, 6 of 12 batches are done." in " ".join(printed(report).split())
     assert "partial" in render_page(report)
@@ -105,12 +105,24 @@ def test_a_job_being_prepared_has_a_report(db: Database) -> None:
 
 def test_live_sums_end_where_the_summary_stands(db: Database, finished: int) -> None:
     """What a live report shows of a job's last moment is what the finished one shows, but for what needs every row."""
-    runs = jobs.runs(db, finished)[:3]
+    runs = jobs.runs(db, finished)[: len(POLICIES)]
     full = rollup(db, runs[0].id)
     for run in runs:
         live, stored = live_summary(rollup(db, run.id), full, 30), RunSummary.model_validate(run.summary)
-        for name in ("samples", "errors", "tokens", "stops", "cut_prompts", "flops", "untimed_batches", "decisions"):
+        for name in (
+            "samples",
+            "errors",
+            "tokens",
+            "stops",
+            "cut_prompts",
+            "isolated",
+            "flops",
+            "untimed_batches",
+            "decisions",
+        ):
             assert getattr(live, name) == getattr(stored, name), name
+        assert (live.drafted, live.drafts_kept) == (stored.drafted, stored.drafts_kept)
+        assert live.drafts_kept_share == stored.drafts_kept_share
         for name in ("mean_exit_layer", "mean_layers_run", "layers_skipped", "tokens_per_second", "shown"):
             assert getattr(live, name) == pytest.approx(getattr(stored, name)), name
         assert live.exit_histogram == stored.exit_histogram
@@ -118,6 +130,51 @@ def test_live_sums_end_where_the_summary_stands(db: Database, finished: int) -> 
         assert {name: e.value for name, e in live.metrics.items()} == pytest.approx(
             {name: e.value for name, e in stored.metrics.items()}
         )
+
+
+def test_drafts_are_shown_where_there_are_any(db: Database, finished: int) -> None:
+    """Counts and the share kept in JSON, on the terminal and on the page: 20 batches of 7, 3 or 4 of them kept."""
+    report = build_report(db, finished)
+    found = [(run.summary.drafted, run.summary.drafts_kept, run.summary.drafts_kept_share) for run in report.runs[:4]]
+    assert found == [(0, 0, None)] * 3 + [(140, 70, 0.5)]
+    lines = printed(report).splitlines()
+    table = next(place for place, line in enumerate(lines) if line.split()[:1] == ["Drafts"])
+    assert lines[table + 2].split() == ["self-speculative", "exit_layer=18", "140", "70", "50.0%"]
+    assert not lines[table + 3].strip(), "nothing of the policies that draft nothing"
+    assert render_page(report).count('aria-label="Drafts on ') == 2
+
+
+def test_examples_say_which_tokens_were_drafts(db: Database, finished: int) -> None:
+    """By the arrays of the outcome: the layer that drafted, and whether full depth agreed."""
+    report = build_report(db, finished, spelled)
+    rows = {(row.run_id, row.sample.name): row for row in results.completions(db, job_id=finished)}
+    said = 0
+    for benchmark in report.benchmarks:
+        for example in benchmark.examples:
+            for run, completion in zip(benchmark.runs, example.completions, strict=True):
+                outcome = rows[run.run_id, example.sample].outcome
+                drafts = outcome.tokens.drafts.tolist() if outcome.tokens is not None else []
+                found = [(t.draft_layer, t.draft_kept) for t in completion.tokens]
+                assert found == [(abs(draft), draft > 0) if draft else (None, None) for draft in drafts]
+                said += sum(map(bool, drafts))
+    page = render_page(report)
+    assert page.count("· drafted after layer ") == said > 0
+    assert "drafted after layer 24, full depth agreed" in page
+    assert "drafted after layer 18, full depth chose this instead" in page
+
+
+def test_a_report_says_with_which_kernels_it_was_computed(db: Database) -> None:
+    """By device class and shape, in the provenance of JSON and page: what the job noted, not what is planned today."""
+    job_id = planned_job(db, 2, policies=POLICIES[:1], benchmarks=("kernels",))
+    shapes, plan = ["576x1536"], {"576x1536": ["packed", "linear"]}
+    devices.keep_kernels(db, job_id, "cpu-test", devices.kernel_plan(db, "cpu-test", shapes, lambda _: plan))
+    commit(db, job_id, 1)
+    devices.kernel_plan(db, "cpu-test", ["1x1"], lambda _: {"1x1": ["columns"]})
+    report = build_report(db, job_id)
+    assert report.provenance == (jobs.job(db, job_id).pinned or {}) | {"kernels": {"cpu-test": plan}}
+    page = " ".join(render_page(report).split())
+    assert "<h3>Kernels on cpu-test</h3>" in page
+    assert "<dt>576x1536</dt><dd>packed, linear</dd>" in page
 
 
 def test_a_live_speedup_is_a_ratio_of_sums_over_the_same_batches() -> None:
@@ -128,6 +185,11 @@ def test_a_live_speedup_is_a_ratio_of_sums_over_the_same_batches() -> None:
     assert live.speedup_request.value == pytest.approx(650 / 290)
     unpaired = live_summary(replace(run, timed_batches=1), full, 30)
     assert (unpaired.speedup_token.value, unpaired.speedup_request.value) == (None, None)
+
+
+def test_samples_done_in_pieces_are_counted_while_the_job_runs() -> None:
+    """Protects the reader of a live report as much as that of a finished one."""
+    assert live_summary(Rollup(samples=4, isolated=3), None, 30).isolated == 3
 
 
 def test_examples_are_the_telling_samples(db: Database, finished: int) -> None:

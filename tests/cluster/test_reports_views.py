@@ -221,7 +221,7 @@ def test_names_cannot_move_the_cursor() -> None:
 
 
 def test_what_is_missing_is_said() -> None:
-    rest = {"errors": 3, "cut_prompts": 5, "untimed_batches": 2, "shown": 0.9, "samples": 160}
+    rest = {"errors": 3, "cut_prompts": 5, "isolated": 7, "untimed_batches": 2, "shown": 0.9, "samples": 160}
     runs = [run("A", "full", 1.0, 0.6, samples=160), run("B", "sec", 1.2, 0.6, **rest)]
     skipped = [f"file {i} was empty." for i in range(5)]
     written = " ".join(printed(report(benchmarks=[benchmark(runs=runs, left_out=skipped)])).split())
@@ -229,6 +229,7 @@ def test_what_is_missing_is_said() -> None:
         "160 of 164 samples have ended",
         "Samples that ended with an error: sec (3 of 160).",
         "2 batches were not timed",
+        "7 samples were done alone or in a batch halved for memory; another run may complete them differently.",
         "5 prompts were cut from the left",
         "offered only a share of their completions: sec (90.0%).",
         "5 pieces of input were left out of the benchmark. file 0 was empty. file 1 was empty.",
@@ -236,6 +237,17 @@ def test_what_is_missing_is_said() -> None:
         "Accepted is an offline proxy",
     ):
         assert sentence in written
+
+
+def test_nothing_is_said_of_drafts_where_there_are_none() -> None:
+    """Most jobs have no policy that drafts; a policy that could but never did counts as none."""
+    for written in (printed(report()), Page(render_page(report())).text):
+        assert "raft" not in written
+    wrong = run("D", "self-speculative exit_layer=12", 0.9, 0.6, drafted=1234, drafts_kept=0, drafts_kept_share=0.0)
+    found = report(benchmarks=[benchmark(runs=[*benchmark().runs, wrong])])
+    row = ["self-speculative", "exit_layer=12", "1,234", "0", "0.0%"]
+    assert row in [line.split() for line in printed(found).splitlines()]
+    assert " ".join(row) in " ".join(Page(render_page(found)).text.split())
 
 
 # --- sentences ----------------------------------------------------------------------------------------------

@@ -13,6 +13,12 @@ def url(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def empty_url(url: str, request: pytest.FixtureRequest) -> str:
+    """A place without a record."""
+    return url if url.startswith("sqlite") else str(request.getfixturevalue("empty_postgresql_url"))
+
+
+@pytest.fixture
 def db(url: str) -> Iterator[Database]:
     database = open_database(url)
     yield database

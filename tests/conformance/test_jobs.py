@@ -8,7 +8,7 @@ import pytest
 from made import claimed, planned_benchmark, planned_job, planned_policy, results_of, summarise, work
 from sqlalchemy import func, select
 
-from db import devices, jobs, queue, results
+from db import jobs, queue, results
 from db.errors import BadInput, LeaseLost
 from db.jobs import JobState, PlannedBenchmark
 from db.session import Database
@@ -254,14 +254,3 @@ def test_unknown_things_are_named(db: Database) -> None:
     ]:
         with pytest.raises(BadInput, match=message):
             ask()
-
-
-def test_the_first_writer_of_a_device_plan_wins(db: Database) -> None:
-    assert devices.device_plan(db, "cpu", lambda: {"kernel": "a"}) == {"kernel": "a"}
-    assert devices.device_plan(db, "cpu", lambda: pytest.fail("measured twice")) == {"kernel": "a"}
-
-    def measure_slowly() -> dict:
-        assert devices.device_plan(db, "gpu", lambda: {"kernel": "fast"}) == {"kernel": "fast"}
-        return {"kernel": "late"}
-
-    assert devices.device_plan(db, "gpu", measure_slowly) == {"kernel": "fast"}

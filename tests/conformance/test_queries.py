@@ -14,6 +14,7 @@ from db.reader import VIEWS
 from db.session import Database, open_database
 from db.tables import metadata
 
+POLICIES = ("full", "confidence threshold=0.9", "self-speculative exit_layer=18")
 FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 
 
@@ -30,11 +31,16 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def filled(url: str) -> Iterator[Database]:
     db = open_database(url)
-    job_id = planned_job(db)
+    job_id = planned_job(db, policies=POLICIES)
     work(db)
-    results.finalise(db, job_id, lambda data: summarise(data) | {"speedup_token": {"value": 1.5, "low": 1, "high": 2}})
+    results.finalise(db, job_id, summary)
     yield db
     db.close()
+
+
+def summary(data) -> dict:
+    drafts = {"drafted": data.drafted, "drafts_kept": data.drafts_kept} if data.drafted else {}
+    return summarise(data) | {"speedup_token": {"value": 1.5, "low": 1, "high": 2}} | drafts
 
 
 def fingerprint(db: Database) -> dict[str, list]:
@@ -58,18 +64,22 @@ def test_answers_have_columns_and_rows(filled: Database, url: str) -> None:
 
 
 def test_every_view_answers(filled: Database) -> None:
-    for view, rows in [("completion", 22), ("completion_score", 44), ("batch", 12), ("run_summary", 2)]:
+    for view, rows in [("completion", 33), ("completion_score", 66), ("batch", 18), ("run_summary", 3)]:
         assert list(query(filled, f"select count(*) from {view}")) == [(rows,)]
     columns = "job, state, policy, samples, speedup_token, speedup_token_high, tokens"
     sql = f"select {columns} from run_summary where run_id = 1"
     assert list(query(filled, sql)) == [("made", "done", "full", 11, 1.5, 2.0, None)]
+    drafts = "select drafted, drafts_kept from run_summary order by run_id"
+    assert list(query(filled, drafts)) == [(0, 0), (0, 0), (42, 21)]
+    per_run = "select sum(drafted) as d, sum(drafts_kept) as k from batch group by run_id order by run_id"
+    assert list(query(filled, per_run)) == [(0, 0), (0, 0), (42, 21)]
 
 
 def test_common_table_expressions_and_comments_are_welcome(filled: Database) -> None:
     sql = """-- which policies
         /* are there */ WITH p AS (SELECT DISTINCT policy FROM completion WHERE text LIKE '%text%')
         SELECT count(*) FROM (SELECT p.policy FROM p JOIN run_summary USING (policy)) AS q"""
-    assert list(query(filled, sql)) == [(2,)]
+    assert list(query(filled, sql)) == [(3,)]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +149,7 @@ def test_a_question_that_takes_too_long_is_ended(filled: Database) -> None:
 def test_a_question_does_not_wait_for_a_writer(filled: Database) -> None:
     with filled.write() as connection:
         connection.execute(metadata.tables["run"].update().values(benchmark="half done"))
-        assert list(query(filled, "select count(*) from completion where benchmark = 'lines'", timeout_s=2)) == [(22,)]
+        assert list(query(filled, "select count(*) from completion where benchmark = 'lines'", timeout_s=2)) == [(33,)]
         connection.rollback()
 
 
@@ -147,7 +157,7 @@ def test_the_documented_questions_and_columns_are_right(filled: Database) -> Non
     """docs/sql.md: each question runs on both databases, and each column of each view is described."""
     page = (Path(__file__).parents[2] / "docs" / "sql.md").read_text()
     questions = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
-    assert len(questions) == 5
+    assert len(questions) == 6
     for sql in questions:
         assert list(query(filled, sql)), sql
     for view in VIEWS:

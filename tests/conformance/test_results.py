@@ -1,5 +1,6 @@
 """Results: what goes in comes out, and every sum equals a recount."""
 
+import json
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -15,7 +16,8 @@ from db.records import OutcomeRow, ShardResults, TokenArrays
 from db.rollups import merge, of_results, rollup
 from db.session import Database
 
-ARRAYS = ("token_ids", "exit_layers", "layers_run", "decisions", "confidences")
+ARRAYS = ("token_ids", "exit_layers", "layers_run", "decisions", "confidences", "drafts")
+POLICIES = ("full", "self-speculative exit_layer=18")
 
 
 def assert_same(left: OutcomeRow, right: OutcomeRow) -> None:
@@ -51,6 +53,7 @@ tokens = st.integers(0, 12).flatmap(
         st.lists(st.integers(0, 2**15 - 1), min_size=n, max_size=n),
         st.lists(st.integers(0, 1), min_size=n, max_size=n),
         st.lists(st.floats(0, 1, width=32) | st.just(float("nan")), min_size=n, max_size=n),
+        st.lists(st.just(0) | st.integers(-(2**15) + 1, 2**15 - 1), min_size=n, max_size=n),
     )
 )
 
@@ -63,7 +66,7 @@ def test_any_outcome_comes_back_as_it_went_in(db: Database, columns: tuple, text
     lease = claimed(db, job_id=job_id)
     [run] = jobs.runs(db, job_id)
     [sample] = results.samples_of(db, run.benchmark_id, 0, 1)
-    dtypes = (np.int32, np.int16, np.int16, np.int16, np.float32)
+    dtypes = (np.int32, np.int16, np.int16, np.int16, np.float32, np.int16)
     arrays = TokenArrays(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
     sent = OutcomeRow(run.id, sample.id, text, None, "eos", len(arrays), 3, 0, True, arrays)
     results.commit_shard(db, lease, ShardResults([sent], [], []))
@@ -72,7 +75,7 @@ def test_any_outcome_comes_back_as_it_went_in(db: Database, columns: tuple, text
 
 
 def test_completions_come_in_order_with_scores_and_tokens(db: Database) -> None:
-    job_id = planned_job(db, 11, benchmarks=("lines", "more"))
+    job_id = planned_job(db, 11, policies=POLICIES, benchmarks=("lines", "more"))
     sent = committed(db, job_id)
     received = list(results.completions(db, job_id=job_id))
     by_key = {(o.run_id, o.sample_id): o for o in sent.outcomes}
@@ -88,9 +91,11 @@ def test_completions_come_in_order_with_scores_and_tokens(db: Database) -> None:
 
 def test_the_token_view_says_what_the_arrays_say(db: Database) -> None:
     """Row by row and type by type; a stop has no token id and is the last row of its completion."""
-    job_id = planned_job(db)
+    job_id = planned_job(db, policies=POLICIES)
     sent = committed(db, job_id)
     columns = "run_id, job_id, policy, sample_id, position, token_id, exit_layer, layers_run, decision, confidence"
+    columns += ", draft_layer, draft_kept"
+    boolean = int if db.dialect == "sqlite" else bool
     with db.read() as connection:
         rows = connection.execute(text(f"SELECT {columns} FROM token ORDER BY 1, 4, 5")).all()
     labels = {run.id: run.policy for run in jobs.runs(db, job_id)}
@@ -106,6 +111,8 @@ def test_the_token_view_says_what_the_arrays_say(db: Database) -> None:
             int(o.tokens.layers_run[i]),
             ("full", "exit", "stop")[o.tokens.decisions[i]],
             float(o.tokens.confidences[i]),
+            abs(int(o.tokens.drafts[i])) or None,
+            boolean(o.tokens.drafts[i] > 0) if o.tokens.drafts[i] else None,
         )
         for o in sorted(sent.outcomes, key=lambda o: (o.run_id, o.sample_id))
         if o.tokens is not None
@@ -114,22 +121,50 @@ def test_the_token_view_says_what_the_arrays_say(db: Database) -> None:
     assert [tuple(row) for row in rows] == expected
     assert [[type(value) for value in row] for row in rows] == [[type(value) for value in row] for row in expected]
     assert any(row.decision == "stop" for row in rows)
+    assert {row.draft_kept for row in rows if row.policy != "full"} == {True, False, None}
+    assert {row.draft_layer for row in rows if row.policy == "full"} == {None}
+    with db.read() as connection:
+        [shown] = connection.execute(text("SELECT shown FROM completion LIMIT 1")).one()
+    assert type(shown) is boolean, "draft_kept is like every other boolean"
 
 
 def test_streamed_tokens_equal_the_view(db: Database) -> None:
-    job_id = planned_job(db)
+    """Column by column; what is NULL in the view has a value of its own in the arrays."""
+    absent = {"token_id": -1, "draft_layer": 0, "draft_kept": False}
+    job_id = planned_job(db, policies=POLICIES)
     committed(db, job_id)
     with db.read() as connection:
         rows = connection.execute(text("SELECT * FROM token ORDER BY run_id, sample_id, position")).mappings().all()
     batches = list(results.tokens(db, job_id=job_id))
     for name in batches[0].__dataclass_fields__:
         column = np.concatenate([getattr(batch, name) for batch in batches]).tolist()
-        assert column == [-1 if row[name] is None else row[name] for row in rows], name
+        assert column == [absent[name] if row[name] is None else row[name] for row in rows], name
+
+
+def test_outcomes_without_drafts_keep_nothing_of_them(db: Database) -> None:
+    """Most policies never draft: NULL for the outcome on PostgreSQL, no sixth element in a token's record on SQLite."""
+    sent = committed(db, planned_job(db, 23, policies=POLICIES)).outcomes
+    columns = "tokens" if db.dialect == "sqlite" else "drafts"
+    with db.read() as connection:
+        rows = connection.execute(text(f"SELECT run_id, sample_id, {columns} FROM outcome")).all()
+    kept = {(run_id, sample_id): value for run_id, sample_id, value in rows}
+    for outcome in (o for o in sent if o.tokens is not None):
+        found, drafts = kept[outcome.run_id, outcome.sample_id], outcome.tokens.drafts.tolist()
+        if db.dialect == "sqlite":
+            assert [len(record) for record in json.loads(found)] == [6 if draft else 5 for draft in drafts]
+        else:
+            assert found == (drafts if any(drafts) else None)
+
+
+def test_drafts_that_were_left_out_are_none() -> None:
+    """Whoever reports no drafts need not say so."""
+    arrays = TokenArrays(*(np.ones(3, t) for t in (np.int32, np.int16, np.int16, np.int16, np.float32)))
+    assert (arrays.drafts.tolist(), arrays.drafts.dtype) == ([0, 0, 0], np.int16)
 
 
 def test_rollups_equal_a_recount(db: Database) -> None:
     """Whatever the shards were, also after a split."""
-    job_id = planned_job(db, 23, shard_batches=4)
+    job_id = planned_job(db, 23, shard_batches=4, policies=POLICIES)
     lease = claimed(db)
     results.commit_shard(db, lease, results_of(db, lease, end_batch=1), split_at=1)
     work(db)
@@ -163,11 +198,15 @@ def test_rollups_equal_a_recount(db: Database) -> None:
             "decode_tokens": sum(t.decode_tokens for t in timed if t.timed),
             "ideal_ns": sum(t.ideal_ns for t in timed if t.timed),
             "flops": sum(t.flops for t in timed),
+            "drafted": sum(t.drafted for t in timed),
+            "drafts_kept": sum(t.drafts_kept for t in timed),
             "exit_histogram": recount(t.exit_layer for t in kept),
             "stop_histogram": recount(t.exit_layer for t in stops),
             "score_counts": {"em": 23, "es": 23},
             "score_sums": {m: sum(round(s[m] * 10**9) for s in scores) for m in ("em", "es")},
         }
+
+    assert (rollup(db, jobs.runs(db, job_id)[0].id).drafted, sums.drafted, sums.drafts_kept) == (0, 12 * 7, 42)
 
 
 def recount(layers) -> dict[int, int]:
@@ -184,7 +223,7 @@ def test_rollups_merge_exactly_in_any_order(db: Database) -> None:
 
 
 def test_run_data_holds_what_a_summary_needs(db: Database) -> None:
-    job_id = planned_job(db, 11)
+    job_id = planned_job(db, 11, policies=POLICIES)
     sent = committed(db, job_id)
     full, policy = jobs.runs(db, job_id)
     data = results.run_data(db, policy.id)
@@ -206,6 +245,8 @@ def test_run_data_holds_what_a_summary_needs(db: Database) -> None:
     assert data.batch_group.tolist() == [f"group/{batch * 2 // 3}" for batch in range(6)]
     assert sum(data.decisions.values()) == sum(len(o.tokens) for o in outcomes if o.tokens is not None)
     assert sum(data.exit_histogram.values()) == data.n_tokens.sum()
+    assert (data.drafted, data.drafts_kept) == (sum(t.drafted for t in timings), sum(t.drafts_kept for t in timings))
+    assert (data.full.drafted, data.drafted) == (0, 42)
 
 
 def test_scores_may_be_missing(db: Database) -> None:

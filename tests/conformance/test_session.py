@@ -16,22 +16,17 @@ from db.reader import VIEWS
 from db.session import Database, open_database, upgrade
 from db.tables import metadata
 
-SECOND = """
+HEAD = schema.head()
+NEXT = f"""
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision = "0002", "0001"
+revision, down_revision = "next", "{HEAD}"
 
 
 def upgrade():
     op.add_column("job", sa.Column("colour", sa.Text()))
 """
-
-
-@pytest.fixture
-def empty_url(url: str, request: pytest.FixtureRequest) -> str:
-    """A place without a record."""
-    return url if url.startswith("sqlite") else str(request.getfixturevalue("empty_postgresql_url"))
 
 
 @pytest.fixture
@@ -41,7 +36,7 @@ def next_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def install() -> None:
         folder = tmp_path / "db"
         shutil.copytree(Path(schema.__file__).parent / "migrations", folder / "migrations")
-        (folder / "migrations" / "versions" / "0002_colour.py").write_text(SECOND)
+        (folder / "migrations" / "versions" / "next_colour.py").write_text(NEXT)
         monkeypatch.setattr(schema, "__file__", str(folder / "schema.py"))
         schema.head.cache_clear()
         schema._scripts.cache_clear()
@@ -60,7 +55,7 @@ def revision(db: Database) -> str:
 def test_the_migrations_make_the_tables(db: Database) -> None:
     """`db/tables.py` and `db/migrations` say the same, but for the token columns, which differ by database."""
     with db.read() as connection:
-        context = MigrationContext.configure(connection)
+        context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         differences = [str(one) for one in compare_metadata(context, metadata)]
         views = inspect(connection).get_view_names()
     assert [one for one in differences if "remove_column" not in one or "'outcome'" not in one] == []
@@ -97,21 +92,21 @@ def test_an_older_schema_is_refused_with_the_command_and_upgraded_with_it(db: Da
     """The upgrade keeps what was there."""
     job_id = planned_job(db)
     next_version()
-    with pytest.raises(OlderSchema, match="schema 0001, this version needs 0002; run `shortstop db upgrade` first"):
+    with pytest.raises(OlderSchema, match=f"schema {HEAD}, this version needs next; run `shortstop db upgrade` first"):
         open_database(url)
-    assert upgrade(url) == ("0001", "0002")
-    assert upgrade(url) == ("0002", "0002")
+    assert upgrade(url) == (HEAD, "next")
+    assert upgrade(url) == ("next", "next")
     newer = open_database(url)
     assert jobs.job(newer, job_id).name == "made"
     newer.close()
 
 
 def test_a_migration_that_fails_leaves_nothing_behind(db: Database, url: str, next_version, monkeypatch) -> None:
-    monkeypatch.setattr(f"{__name__}.SECOND", SECOND + '    op.execute("SELECT * FROM nowhere")\n')
+    monkeypatch.setattr(f"{__name__}.NEXT", NEXT + '    op.execute("SELECT * FROM nowhere")\n')
     next_version()
     with pytest.raises(RecordError, match="nowhere"):
         upgrade(url)
-    assert revision(db) == "0001"
+    assert revision(db) == HEAD
     with db.read() as connection:
         assert "colour" not in [column["name"] for column in inspect(connection).get_columns("job")]
 
