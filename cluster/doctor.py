@@ -16,7 +16,9 @@ import engine.errors
 from cluster.settings import Settings
 
 _PACKAGES = ("torch", "transformers", "ray", "SQLAlchemy")
-_GPU_REMARK = "the GPU path has not been run on a GPU yet"
+#: what `pytest -m gpu` checks and nobody has run
+_NOT_RUN_ON_A_GPU = "the engine, its timing by events, its kernels, torch.compile, and memory with `batch_size: auto`"
+_GPU_TESTS = "pytest -m gpu"
 
 
 class Finding(StrEnum):
@@ -68,8 +70,10 @@ def _processor() -> Check:
 def _memory() -> Check:
     import psutil
 
-    memory = psutil.virtual_memory()
-    return Check("memory", Finding.OK, f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free")
+    from engine.memory import free_main_memory
+
+    total = psutil.virtual_memory().total
+    return Check("memory", Finding.OK, f"{_gib(total)}, {_gib(free_main_memory())} free")
 
 
 def _package(name: str) -> Check:
@@ -82,11 +86,18 @@ def _package(name: str) -> Check:
 def _devices() -> Iterator[Check]:
     from cluster.prepare import cores
     from engine.device import describe_device_class, find_device
+    from engine.memory import free_memory
 
     device = find_device("auto")
-    found = describe_device_class(device, "float32", cores())
-    yield Check("gpu", Finding.NOTE, f"{'yes' if device.type == 'cuda' else 'no'}; {_GPU_REMARK}")
-    yield Check("device class", Finding.OK, found)
+    has_gpu = device.type == "cuda"
+    found = f"yes, {_gib(free_memory(device))} free" if has_gpu else "no"
+    detail = f"{found}; not run on a GPU yet: {_NOT_RUN_ON_A_GPU}; where there is one, `{_GPU_TESTS}` runs them"
+    yield Check("gpu", Finding.NOTE, detail, _GPU_TESTS if has_gpu else None)
+    yield Check("device class", Finding.OK, describe_device_class(device, "float32", cores()))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def _postgresql_driver() -> Check:
@@ -116,9 +127,9 @@ def _benchmarks() -> Iterator[Check]:
 
 
 def _exits() -> Check:
-    from engine.exits import shipped_exits
+    from engine.exits import known_exits
 
-    return Check("exits", Finding.OK, ", ".join(shipped_exits()) or "none are shipped")
+    return Check("exits", Finding.OK, ", ".join(known_exits()))
 
 
 def _database(settings: Settings) -> Check:

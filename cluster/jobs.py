@@ -26,7 +26,7 @@ from db.queue import Lease
 from db.records import JobState, Progress
 from db.session import Database
 from engine.errors import BadInput
-from engine.exits import find_exits, shipped_exits
+from engine.exits import TIED, find_bundle, known_exits
 from engine.loading import find_model, models
 from engine.spec import Spec
 from workers.benchmarks.catalogue import benchmarks
@@ -101,7 +101,7 @@ def anchored(spec: JobSpec, folder: Path) -> JobSpec:
     changes: dict[str, Any] = {"benchmarks": [benchmark(asked) for asked in spec.benchmarks]}
     if spec.model not in models and Path(path(spec.model)).is_dir():
         changes["model"] = path(spec.model)
-    if spec.exits is not None and spec.exits not in shipped_exits() and Path(path(spec.exits)).is_dir():
+    if spec.exits is not None and spec.exits not in known_exits() and Path(path(spec.exits)).is_dir():
         changes["exits"] = path(spec.exits)
     return spec.model_copy(update=changes)
 
@@ -111,8 +111,8 @@ def _check_names(spec: JobSpec) -> None:
     is_hub_id = spec.model.count("/") == 1 and not Path(spec.model).is_absolute()
     if spec.model not in models and not is_hub_id:
         find_model(spec.model)
-    if spec.exits is not None:
-        find_exits(spec.exits)
+    if spec.exits not in (None, TIED):
+        find_bundle(spec.exits)
     for policy in spec.policies:
         if policy.needs != "nothing" and spec.exits is None:
             raise BadInput(

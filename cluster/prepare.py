@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +29,9 @@ from workers.scoring.metrics import metrics
 
 #: packages whose version may change a token, a score or a figure
 _VERSIONED = ("shortstop", "torch", "transformers", "tokenizers", "safetensors", "numpy", "rapidfuzz", "rouge-score")
+
+#: that `auto` leaves of every benchmark: a batch is the unit of timing, and the interval of a speedup needs several
+_FEWEST_BATCHES = 12
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Validation:
     n_layers: int
     exits: str | None
     exit_points: tuple[int, ...]
+    batch_size: int  #: what `auto` came to, where the spec says so
     policies: list[str]  #: labels, in the report's order
     benchmarks: list[ValidatedBenchmark]
 
@@ -93,15 +97,19 @@ def prepare(db: Database, lease: Lease, *, workers: int = 1) -> None:
         raise
 
 
-def validate(spec: JobSpec) -> Validation:
-    """Look up and read all that a job needs, and say what it would do. Writes nothing. Raises `BadInput`."""
-    resolved = resolve(spec)
+def validate(spec: JobSpec, *, workers: int = 1) -> Validation:
+    """Look up and read all that a job needs, and say what it would do. Writes nothing. Raises `BadInput`.
+
+    workers: how many are to share this machine, as in `prepare`.
+    """
+    resolved = resolve(spec, workers=workers)
     pinned = resolved.pinned
     return Validation(
         model=pinned.model,
         n_layers=pinned.n_layers,
         exits=pinned.exits,
         exit_points=pinned.exit_points,
+        batch_size=pinned.batch_size,
         policies=[policy.label for policy in resolved.policies],
         benchmarks=[_validated(benchmark, pinned) for benchmark in resolved.benchmarks],
     )
@@ -120,7 +128,7 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
             f"generation.max_new_tokens is {spec.generation.max_new_tokens}, but model {facts.name!r} has room for "
             f"{facts.max_context} tokens, prompt included; ask for fewer."
         )
-    folder = None if spec.exits is None else find_exits(spec.exits)
+    folder = None if spec.exits is None else find_exits(spec.exits, facts)
     manifest = None if folder is None else read_manifest(folder)
     _check_exits(spec.policies, manifest, facts)
     versions = metric_versions(spec.metrics)
@@ -143,9 +151,10 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         device_class=describe_device_class(device, spec.dtype, threads),
         dtype=spec.dtype,
         threads=threads,
+        compile=spec.compile,
         seed=spec.seed,
         max_new_tokens=spec.generation.max_new_tokens,
-        batch_size=spec.generation.batch_size,
+        batch_size=_batch_size(spec, facts, folder, benchmarks, workers),
         shard_batches=spec.shard_batches,
         metrics=versions,
         benchmarks={benchmark.name: benchmark.content_hash for benchmark in benchmarks},
@@ -169,6 +178,33 @@ def cores() -> int:
         return max(1, min(allowed, int(quota) // int(period)))
     except (OSError, ValueError):  # no control group, or one without a limit
         return allowed
+
+
+def _batch_size(
+    spec: JobSpec, facts: ModelFacts, exits: Path | None, benchmarks: Sequence[Benchmark], workers: int
+) -> int:
+    """What the spec says, or what `auto` comes to on this machine as it is now."""
+    from engine.device import find_device
+    from engine.memory import rows_with_room
+
+    if spec.generation.batch_size != "auto":
+        return spec.generation.batch_size
+    return rows_with_room(
+        facts,
+        spec.dtype,
+        exits,
+        find_device(spec.device),
+        positions=min(_longest_prompt(spec.model, benchmarks) + spec.generation.max_new_tokens, facts.max_context),
+        workers=workers,
+        most=min((len(benchmark.samples) for benchmark in benchmarks), default=0) // _FEWEST_BATCHES,
+    )
+
+
+def _longest_prompt(model: str, benchmarks: Sequence[Benchmark]) -> int:
+    """In tokens."""
+    prompts = [sample.prompt for benchmark in benchmarks for sample in benchmark.samples]
+    encoded = load_tokenizer(model)(prompts)["input_ids"] if prompts else []
+    return max(map(len, encoded), default=0)
 
 
 def _check_exits(policies: Iterable[PolicySpec], manifest: ExitsManifest | None, facts: ModelFacts) -> None:

@@ -3,19 +3,31 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from engine.errors import BadInput
-from engine.spec import Device, DType, PolicySpec, Spec, first_complaint, parse_policy
+from engine.spec import Compile, Device, DType, PolicySpec, Spec, first_complaint, parse_policy
 from workers.benchmarks.spec import parse_benchmark
 
 
 class Generation(Spec):
     max_new_tokens: int = Field(32, ge=1)
-    batch_size: int = Field(8, ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        8, description="auto: as large as memory allows and pays off, found out when the job is prepared"
+    )
+
+    @field_validator("batch_size", mode="wrap")
+    @classmethod
+    def _in_one_sentence(cls, value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return read(value)
+        except ValidationError:  # one complaint for each of the two types
+            raise ValueError(
+                f"generation.batch_size is {value!r}; give a whole number of at least 1, or auto."
+            ) from None
 
 
 class JobSpec(Spec):
@@ -27,6 +39,7 @@ class JobSpec(Spec):
     device: Device = "auto"
     dtype: DType = "float32"
     threads: int | None = Field(None, ge=1, description="per worker; this machine's cores over its workers when absent")
+    compile: Compile = Field("auto", description="torch.compile: auto where it pays")
     seed: int = 0
     generation: Generation = Generation()
     benchmarks: list[Any] = Field(min_length=1)
@@ -34,6 +47,12 @@ class JobSpec(Spec):
     metrics: list[str] | None = Field(None, min_length=1, description="all known metrics when absent")
     shard_batches: int = Field(2, ge=1, description="batches in a shard")
     priority: int = Field(0, ge=-1000, le=1000)
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _read_switch(cls, value: Any) -> Any:
+        """YAML reads a bare `on` as true and `off` as false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @field_validator("benchmarks")
     @classmethod

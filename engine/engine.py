@@ -43,7 +43,8 @@ class Prefilled:
 class Engine:
     """A model with its exits on one device.
 
-    `model` is a catalogue name, a folder or a hub id; `exits` the name or folder of an exit bundle, or None. Raises
+    `model` is a catalogue name, a folder or a hub id; `exits` the name or folder of an exit bundle, `tied`
+    (the model's own norm and unembedding after every layer), or None. Raises
     `BadInput` where either cannot be found or they do not belong together.
     """
 
@@ -70,7 +71,7 @@ class Engine:
         self.facts = resolve_model(model)
         self.name, self.weights_hash = self.facts.name, self.facts.weights_hash
         self.dtype = dtype
-        folder = None if exits is None else find_exits(exits)
+        folder = None if exits is None else find_exits(exits, self.facts)
         self.manifest = None if folder is None else read_manifest(folder)
         self.exits_hash = None if folder is None else exits_hash(folder)
         if self.manifest is not None:

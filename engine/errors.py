@@ -4,7 +4,8 @@ EngineError
 ├── BadInput          what the caller asked for cannot be done; nothing was changed
 │   ├── UnknownName   no such model, policy, head, ...; names the nearest known one
 │   └── WeightsMismatch   exits that were trained for other weights
-└── NumericalError    the model produced NaN or infinite logits
+├── NumericalError    the model produced NaN or infinite logits
+└── OutOfMemory       the device has too little memory for a batch
 """
 
 
@@ -26,3 +27,7 @@ class WeightsMismatch(BadInput):
 
 class NumericalError(EngineError):
     """The model produced NaN or infinite logits."""
+
+
+class OutOfMemory(EngineError):
+    """The device has too little memory for a batch; a smaller one may fit."""

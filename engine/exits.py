@@ -7,12 +7,14 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from engine.errors import BadInput, WeightsMismatch
-from engine.loading import ModelFacts
+from engine.loading import ModelFacts, cache_folder, write_whole
 from engine.registry import unknown
 from engine.spec import HeadKind, PolicySpec, Spec, first_complaint
 
 SHIPPED = Path(__file__).parent / "bundles"
 MANIFEST, TENSORS = "exits.json", "exits.safetensors"
+#: the name of the exits that every model brings along
+TIED = "tied"
 
 
 class ExitsManifest(Spec):
@@ -51,7 +53,12 @@ def check_exit_points(points: tuple[int, ...], n_layers: int) -> None:
         raise BadInput(f"exit_points: {list(points)} must rise, each once; give {sorted(set(points))}.")
 
 
-def find_exits(name: str | Path) -> Path:
+def find_exits(name: str | Path, model: ModelFacts) -> Path:
+    """The folder of a bundle by what a model's user calls it: see `tied_exits`, `find_bundle`. Raises `BadInput`."""
+    return tied_exits(model) if str(name) == TIED else find_bundle(name)
+
+
+def find_bundle(name: str | Path) -> Path:
     """The folder of a shipped bundle, by name, or of one's own, by path. Raises `BadInput`."""
     shipped = SHIPPED / str(name)
     if Path(name).name == str(name) and (shipped / MANIFEST).is_file():
@@ -61,7 +68,40 @@ def find_exits(name: str | Path) -> Path:
         return folder.resolve()
     if folder.is_dir():
         raise BadInput(f"exits {str(name)!r}: the folder has no {MANIFEST}; make a bundle with `shortstop train`.")
-    raise BadInput(f"{unknown('exits', str(name), shipped_exits())} It is no folder here either ({folder.absolute()}).")
+    raise BadInput(f"{unknown('exits', str(name), known_exits())} It is no folder here either ({folder.absolute()}).")
+
+
+def tied_exits(model: ModelFacts) -> Path:
+    """A bundle of nothing but the model's own norm and unembedding, after every layer.
+
+    For models that were trained to leave early themselves, such as LayerSkip's. Raises `BadInput` where the cache folder
+    cannot be written.
+    """
+    folder = cache_folder() / "exits" / f"{TIED}-{model.weights_hash[:24]}"
+    empty = (2).to_bytes(8, "little") + b"{}"  # safetensors of nothing
+    manifest = ExitsManifest(
+        model=f"weights {model.weights_hash[:12]}",  # not its name here: the bundle is the same on every machine
+        weights_hash=model.weights_hash,
+        n_layers=model.n_layers,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        exit_points=tuple(range(1, model.n_layers)),
+        head="tied",
+        controller=False,
+        tensors_hash=hashlib.sha256(empty).hexdigest(),
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / TENSORS, empty)
+        write_whole(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    except OSError as error:
+        raise BadInput(f"exits {TIED!r}: {folder} cannot be written ({error}); set SHORTSTOP_CACHE.") from None
+    return folder
+
+
+def known_exits() -> list[str]:
+    """What can be named without a path."""
+    return [*shipped_exits(), TIED]
 
 
 def shipped_exits() -> list[str]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from db.records import OutcomeRow, SampleRow, ScoreRow, ShardResults, TimingRow, TokenArrays
-from engine.errors import NumericalError
+from engine.errors import NumericalError, OutOfMemory
+from engine.memory import release
 from engine.record import Completion, Decoded, TokenRecords
 from engine.spec import PolicySpec
 from workers.scoring.metrics import score_text, score_tokens
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 
 #: what a sample ends with under a policy: a completion, or a sentence that says why there is none
 Ending = Completion | str
+
+#: nanoseconds of a prefill, and what one policy made of it
+Part = tuple[int, Decoded]
+
+#: by run, what was decoded for the samples of a batch that could not be done together
+Parts = dict[int, list[Part]]
+
+#: the samples of a batch that could not be done together, as they are tried next
+Pieces = list[Sequence[SampleRow]]
 
 
 @dataclass(frozen=True)
@@ -46,14 +56,15 @@ class Evaluation:
     proceed: Callable[[], None] = lambda: None
 
     def together(self, batch: int, samples: Sequence[SampleRow]) -> ShardResults:
-        """Evaluate a batch; where the model fails on it, evaluate its samples alone."""
-        try:
-            decoded = self._decode_together(batch, samples)
-        except NumericalError:
-            return self.alone(batch, samples)
-        endings: dict[int, list[Ending]] = {run.id: [*decoded[run.id][1].completions] for run in self.runs}
-        timings = [self._timing(run, batch, len(samples), [decoded[run.id]], self.timed) for run in self.runs]
-        return self._results(samples, endings, timings, isolated=False)
+        """Evaluate a batch; in pieces where that fails: alone where the model does, halved where memory is too small.
+
+        Samples done in pieces are marked isolated and not timed. One that cannot be done alone gets an error.
+        """
+        tried = self._try(batch, samples)
+        if isinstance(tried, list):
+            return self._in_pieces(batch, samples, tried)
+        timings = [self._timing(run, batch, len(samples), [tried[run.id]], self.timed) for run in self.runs]
+        return self._results(samples, self._endings(tried), timings, isolated=False)
 
     def alone(
         self,
@@ -68,7 +79,7 @@ class Evaluation:
         guilty: positions of samples that are known to end the process; not tried again.
         announce: told each sample before anything is done with it.
         """
-        parts: dict[int, list[tuple[int, Decoded]]] = {run.id: [] for run in self.runs}
+        parts: Parts = {run.id: [] for run in self.runs}
         done = []
         for sample in samples:
             endings: dict[int, list[Ending]]
@@ -78,8 +89,7 @@ class Evaluation:
                 announce(sample)
                 endings = self._decode_alone(sample, parts)
             done.append(self._results([sample], endings, [], isolated=True))
-        timings = [self._timing(run, batch, len(samples), parts[run.id], timed=False) for run in self.runs]
-        return joined([*done, ShardResults(timings=timings)])
+        return joined([*done, self._untimed(batch, samples, parts)])
 
     def order(self, batch: int) -> list[Run]:
         """The runs in the order in which this batch takes them: random, and the same for whoever does the batch."""
@@ -87,8 +97,37 @@ class Evaluation:
         random.Random(f"{self.seed} {self.content_hash} {batch}").shuffle(runs)
         return runs
 
-    def _decode_together(self, batch: int, samples: Sequence[SampleRow]) -> dict[int, tuple[int, Decoded]]:
-        """For each run, prefill nanoseconds and what decoding gave. Raises `NumericalError`."""
+    def _try(self, batch: int, samples: Sequence[SampleRow]) -> dict[int, Part] | Pieces:
+        """For each run what decoding gave, or the pieces to try instead."""
+        try:
+            return self._decode_together(batch, samples)
+        except NumericalError:
+            return [[sample] for sample in samples]
+        except OutOfMemory:
+            pass
+        release(self.engine.device)  # here, where the error that held the batch is gone
+        middle = len(samples) // 2
+        return [half for half in (samples[:middle], samples[middle:]) if half]
+
+    def _in_pieces(self, batch: int, samples: Sequence[SampleRow], pieces: Pieces) -> ShardResults:
+        """Untimed: a batch in pieces says nothing about the speed of whole ones."""
+        parts: Parts = {run.id: [] for run in self.runs}
+        done = [self._piece(batch, piece, parts) for piece in pieces]
+        return joined([*done, self._untimed(batch, samples, parts)])
+
+    def _piece(self, batch: int, samples: Sequence[SampleRow], parts: Parts) -> ShardResults:
+        """The results of some samples of a batch, in smaller pieces where need be; what was decoded goes to `parts`."""
+        if len(samples) == 1:
+            return self._results(samples, self._decode_alone(samples[0], parts), [], isolated=True)
+        tried = self._try(batch, samples)
+        if isinstance(tried, list):
+            return joined([self._piece(batch, piece, parts) for piece in tried])
+        for run in self.runs:
+            parts[run.id].append(tried[run.id])
+        return self._results(samples, self._endings(tried), [], isolated=True)
+
+    def _decode_together(self, batch: int, samples: Sequence[SampleRow]) -> dict[int, Part]:
+        """What decoding gave for each run. Raises `NumericalError`, `OutOfMemory`."""
         self.proceed()
         prompts = self.engine.encode(
             [sample.prompt for sample in samples], self.max_new_tokens, heal=self.ends_with_line
@@ -100,21 +139,21 @@ class Evaluation:
             decoded[run.id] = (prefilled.prefill_ns, self._decode(prefilled, run))
         return decoded
 
-    def _decode_alone(self, sample: SampleRow, parts: dict[int, list[tuple[int, Decoded]]]) -> dict[int, list[Ending]]:
+    def _decode_alone(self, sample: SampleRow, parts: Parts) -> dict[int, list[Ending]]:
         """How one sample ends under each run; what was decoded for it is added to `parts`."""
         self.proceed()
         prompts = self.engine.encode([sample.prompt], self.max_new_tokens, heal=self.ends_with_line)
         try:
             prefilled = self.engine.prefill(prompts, self.max_new_tokens)
-        except NumericalError as error:
-            return self._all_end(str(error))
+        except (NumericalError, OutOfMemory) as error:
+            return self._all_end(_reason(error))
         endings: dict[int, list[Ending]] = {}
         for run in self.runs:
             self.proceed()
             try:
                 decoded = self._decode(prefilled, run)
-            except NumericalError as error:
-                endings[run.id] = [str(error)]
+            except (NumericalError, OutOfMemory) as error:
+                endings[run.id] = [_reason(error)]
             else:
                 endings[run.id] = [*decoded.completions]
                 parts[run.id].append((prefilled.prefill_ns, decoded))
@@ -128,6 +167,13 @@ class Evaluation:
     def _all_end(self, error: str) -> dict[int, list[Ending]]:
         return {run.id: [error] for run in self.runs}
 
+    def _endings(self, decoded: dict[int, Part]) -> dict[int, list[Ending]]:
+        return {run.id: [*decoded[run.id][1].completions] for run in self.runs}
+
+    def _untimed(self, batch: int, samples: Sequence[SampleRow], parts: Parts) -> ShardResults:
+        timings = [self._timing(run, batch, len(samples), parts[run.id], timed=False) for run in self.runs]
+        return ShardResults(timings=timings)
+
     def _timing(self, run: Run, batch: int, rows: int, parts: Sequence[tuple[int, Decoded]], timed: bool) -> TimingRow:
         return TimingRow(
             run_id=run.id,
@@ -140,6 +186,8 @@ class Evaluation:
             ideal_ns=sum(decoded.ideal_ns for _, decoded in parts),
             device_class=self.engine.device_class,
             timed=timed,
+            drafted=sum(decoded.drafted for _, decoded in parts),
+            drafts_kept=sum(decoded.drafts_kept for _, decoded in parts),
         )
 
     def _results(
@@ -175,6 +223,11 @@ def joined(parts: Sequence[ShardResults]) -> ShardResults:
     )
 
 
+def _reason(error: NumericalError | OutOfMemory) -> str:
+    """Why a sample that was done alone has no completion."""
+    return f"done alone, this sample ran {error}" if isinstance(error, OutOfMemory) else str(error)
+
+
 def _outcome(run: Run, sample: SampleRow, ending: Ending, isolated: bool) -> OutcomeRow:
     if isinstance(ending, str):
         return OutcomeRow(
@@ -198,5 +251,10 @@ def _outcome(run: Run, sample: SampleRow, ending: Ending, isolated: bool) -> Out
 
 def _arrays(records: TokenRecords) -> TokenArrays:
     return TokenArrays(
-        records.token_ids, records.exit_layers, records.layers_run, records.decisions, records.confidences
+        records.token_ids,
+        records.exit_layers,
+        records.layers_run,
+        records.decisions,
+        records.confidences,
+        records.drafts,
     )

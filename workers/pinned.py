@@ -1,6 +1,6 @@
 """What preparing a job pins, and every worker reads: nothing of it can change while the job lives."""
 
-from engine.spec import Device, DType, Spec
+from engine.spec import Compile, Device, DType, Spec
 
 
 class Pinned(Spec):
@@ -20,6 +20,7 @@ class Pinned(Spec):
     device_class: str
     dtype: DType
     threads: int  #: per worker
+    compile: Compile = "auto"  #: whether torch.compile may be used
     seed: int
     max_new_tokens: int
     batch_size: int

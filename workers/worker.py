@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
+from filelock import FileLock
 
 from db import devices, jobs, queue, results
 from db.errors import LeaseLost, Unavailable
@@ -155,6 +156,7 @@ class Worker:
         pinned = Pinned.model_validate(jobs.job(self.db, lease.job_id).pinned)
         benchmark = jobs.benchmark(self.db, lease.benchmark_id)
         engine = self._engines.take(pinned)
+        devices.keep_kernels(self.db, lease.job_id, engine.device_class, engine.kernels)
         runs = [
             Run(run.id, parse_policy(run.policy_spec))
             for run in jobs.runs(self.db, lease.job_id)
@@ -214,33 +216,52 @@ class EngineShelf:
 
     def take(self, pinned: Pinned) -> "Engine":
         """The engine that a job pins. Raises `BadInput`, `WeightsMismatch`."""
-        key = (pinned.model, pinned.weights_hash, pinned.exits_hash, pinned.device, pinned.dtype, pinned.threads)
+        key = (
+            pinned.model, pinned.weights_hash, pinned.exits_hash, pinned.device, pinned.dtype, pinned.threads,
+            pinned.compile,
+        )  # fmt: skip
         if self._engine is None or key != self._key:
             self._engine = None  # two models may not fit into memory
             self._engine, self._key = self._load(pinned), key
         return self._engine
 
     def _load(self, pinned: Pinned) -> "Engine":
-        from engine.cost import Machine
         from engine.engine import Engine
 
         exits = None
         if pinned.exits_hash is not None:
             exits = unpack(jobs.artifact(self.db, pinned.exits_hash), pinned.exits_hash, self.cache)
-        engine = Engine(pinned.model, exits, device=pinned.device, dtype=pinned.dtype, threads=pinned.threads)
+        engine = Engine(
+            pinned.model,
+            exits,
+            device=pinned.device,
+            dtype=pinned.dtype,
+            threads=pinned.threads,
+            compile=pinned.compile,
+        )
         if engine.weights_hash != pinned.weights_hash:
             raise WeightsMismatch(
                 f"model {pinned.model!r} has weights {engine.weights_hash[:12]}… on this machine, but the job was "
                 f"prepared with {pinned.weights_hash[:12]}…; bring those back, or submit the job again."
             )
-        # Measured once per device class, so that the ideal time of a batch does not depend on who did it.
-        engine.machine = Machine(**devices.device_plan(self.db, engine.device_class, lambda: asdict(engine.machine)))
+        self._measure(engine)
         if engine.facts.tokenizer_hash != pinned.tokenizer_hash:
             raise WeightsMismatch(
                 f"model {pinned.model!r} has another tokenizer on this machine than the job was prepared with; bring "
                 "that one back, or submit the job again."
             )
         return engine
+
+    def _measure(self, engine: "Engine") -> None:
+        """Kernels and machine, once per device class: neither a result nor an ideal time depends on who did a batch."""
+        from engine.cost import Machine
+
+        name, db = engine.device_class, self.db
+        self.cache.mkdir(parents=True, exist_ok=True)
+        # Workers of one machine that start together would disturb each other's measurement.
+        with FileLock(self.cache / "measuring.lock"):
+            engine.kernels = devices.kernel_plan(db, name, engine.matrix_shapes, engine.measure_kernels)
+            engine.machine = Machine(**devices.device_plan(db, name, lambda: asdict(engine.machine)))
 
 
 def finalise(db: Database, job_id: int) -> bool:

@@ -63,13 +63,15 @@ def validate(spec: SpecFile, overrides: Overrides = None, as_json: JsonFlag = Fa
     from cluster import jobs
     from cluster.spec import read_job
 
-    start()
-    found = jobs.validate(jobs.anchored(read_job(spec, overrides or []), spec_folder(spec)))
+    workers = start().workers
+    asked = jobs.anchored(read_job(spec, overrides or []), spec_folder(spec))
+    found = jobs.validate(asked, workers=workers)
     if as_json:
         print_json(found)
         return
     exits = f", exits {found.exits} after layers {', '.join(map(str, found.exit_points))}" if found.exits else ""
-    print(f"model {found.model}, {found.n_layers} layers{exits}\npolicies {', '.join(found.policies)}\n")
+    print(f"model {found.model}, {found.n_layers} layers{exits}\npolicies {', '.join(found.policies)}")
+    print(f"batch size {found.batch_size}{' (auto)' if asked.generation.batch_size == 'auto' else ''}\n")
     columns = ("benchmark", "version", "samples", "batches", "shards", "left out")
     print_table(
         columns,

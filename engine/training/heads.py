@@ -42,6 +42,8 @@ class HeadTrainer:
         self.shortlist = shortlist
         self.unembedding = stack.unembedding if shortlist is None else stack.unembedding[shortlist]
         self.unembedding = self.unembedding.detach().clone()
+        bias = stack.unembedder.bias
+        self.bias = bias if bias is None or shortlist is None else bias[shortlist]
         #: place of each token of the vocabulary among a head's outputs; -1 where it has none
         self.places = torch.arange(stack.vocab_size)
         if shortlist is not None:
@@ -100,7 +102,7 @@ class HeadTrainer:
     @torch.no_grad()
     def _target(self, final: Tensor, places: np.ndarray) -> Tensor:
         if self.spec.target == "full":
-            return F.linear(self.stack.norm(final), self.unembedding).softmax(dim=-1)
+            return F.linear(self.stack.norm(final), self.unembedding, self.bias).softmax(dim=-1)
         wanted = self.places[torch.from_numpy(self.states.reference[places]).long()]
         return torch.where(wanted < 0, -100, wanted).to(final.device)  # -100: left out of the loss
 
@@ -109,7 +111,7 @@ class HeadTrainer:
             return F.linear(states / self.sizes[depth], self.parameters[f"heads.{point}.weight"])
         size = self.sizes[depth]
         down, up = self.parameters[f"heads.{point}.down"] / size, self.parameters[f"heads.{point}.up"] * size
-        return F.linear(self.stack.norm(lens(states, down, up)), self.unembedding)
+        return F.linear(self.stack.norm(lens(states, down, up)), self.unembedding, self.bias)
 
     def _fresh(self, generator: torch.Generator) -> dict[str, Tensor]:
         d, device = self.stack.hidden_size, self.stack.device

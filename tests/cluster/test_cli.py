@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,9 @@ def test_validate_says_what_the_job_would_do_and_writes_nothing(world: World, tm
     [benchmark] = found["benchmarks"]
     assert (benchmark["samples"], benchmark["batches"], benchmark["shards"]) == (48, 10, 3)
     assert found["policies"][1] == "confidence threshold=0.25"
+    assert found["batch_size"] == 5
+    out = call("validate", spec, "-O", "generation.batch_size=auto").stdout
+    assert "batch size 4 (auto)" in out
     assert list(tmp_path.iterdir()) == [spec]
 
 
@@ -147,7 +151,9 @@ OVERRIDES = [
     ("policies.1={fixed: {exit_layer: 99}}", "99"),
     ("policies.1={fixed: {exit_layer: 3}}", "3"),
     ("generation.max_new_tokens=5000", "5000"),
-    ("generation.batch_size=0", "generation.batch_size"),
+    ("generation.batch_size=0", "generation.batch_size is 0; give a whole number of at least 1, or auto."),
+    ("generation.batch_size=atuo", "generation.batch_size is 'atuo'; give a whole number of at least 1, or auto."),
+    ("compile=maybe", "field 'compile' is 'maybe'; input should be 'auto', 'on' or 'off'."),
     ("policies.1.threshold=true", "threshold"),
     ("priority=99999999999999999999", "priority"),
     ("metrics=[]", "metrics"),
@@ -301,7 +307,9 @@ def test_doctor_finds_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.delenv("SHORTSTOP_CACHE")  # the converted model lies in the user's cache
     checks = {check["name"]: check for check in answered("doctor", "--database", f"sqlite:///{tmp_path / 'record.db'}")}
     assert checks["torch"]["finding"] == "ok"
-    assert "the GPU path has not been run on a GPU yet" in checks["gpu"]["detail"]
+    assert "not run on a GPU yet: the engine" in checks["gpu"]["detail"]
+    assert "`pytest -m gpu`" in checks["gpu"]["detail"]
+    assert re.fullmatch(r"\d+\.\d GiB, \d+\.\d GiB free", checks["memory"]["detail"])
     assert checks["model smollm2-135m"]["finding"] == "ok"
     assert checks["benchmark humaneval-lines"]["finding"] == "ok"
     assert checks["database"]["finding"] == "note"

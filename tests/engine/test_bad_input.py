@@ -9,7 +9,16 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CONTEXT, POINTS, facts_of, open_engine, random_prompts, write_bundle
+from tiny_models import (
+    CONTEXT,
+    POINTS,
+    facts_of,
+    make_bundle,
+    open_engine,
+    random_prompts,
+    tiny_tokenizer,
+    write_bundle,
+)
 
 from engine.engine import Engine, Prompt
 from engine.errors import BadInput, WeightsMismatch
@@ -29,12 +38,12 @@ def sentence(error: pytest.ExceptionInfo[BadInput]) -> str:
 
 
 @pytest.fixture
-def copy_of(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> Callable[[Change], Path]:
+def copy_of(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> Callable[..., Path]:
     """A tiny model's folder with a fault put in."""
 
-    def make(change: Change) -> Path:
+    def make(change: Change, kind: str = "llama") -> Path:
         folder = tmp_path / "model"
-        shutil.copytree(tiny_folder("llama"), folder, ignore=shutil.ignore_patterns("exits*", "cache"))
+        shutil.copytree(tiny_folder(kind), folder, ignore=shutil.ignore_patterns("exits*", "cache"))
         change(folder)
         return folder
 
@@ -51,6 +60,14 @@ def edited(file: Path, **fields: object) -> None:
     """Change fields of a JSON file; None removes one."""
     content = json.loads(file.read_text()) | fields
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def with_tensors(folder: Path, **added: torch.Tensor | None) -> None:
+    """Add tensors to a model's weights, `__` standing for a dot; None removes one."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file) | {name.replace("__", "."): tensor for name, tensor in added.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 # --- models ---------------------------------------------------------------------------------------------------
@@ -85,6 +102,16 @@ def _cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
+def _larger_tokenizer(folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<extra {number}>" for number in range(7)])
+    tokenizer.save_pretrained(folder)
+
+
+def with_rope(folder: Path, **rope: object) -> None:
+    edited(folder / "config.json", rope_parameters=rope)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -94,10 +121,22 @@ def _cut(folder: Path) -> None:
         (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
         (lambda f: (f / "generation_config.json").write_text("{"), "is not JSON"),
         (lambda f: edited(f / "config.json", vocab_size=None), "no 'vocab_size'"),
-        (lambda f: edited(f / "config.json", model_type="bert"), "family 'bert' is not known; known: gpt2, llama"),
+        (lambda f: edited(f / "config.json", model_type="bert"), "family 'bert' is not known; known: codegen, gpt2"),
         (lambda f: edited(f / "config.json", model_type="nonsense"), "family 'nonsense' is not known"),
         (lambda f: edited(f / "config.json", num_hidden_layers=8), "18 tensors are missing"),
         (lambda f: edited(f / "config.json", intermediate_size=81), "18 tensors are missing or of another shape"),
+        (lambda f: with_tensors(f, model__norm__weight=None), "1 tensor is missing .* model.norm.weight first"),
+        (lambda f: with_tensors(f, score__weight=torch.ones(1)), "1 tensor is not part of .* score.weight first"),
+        (
+            lambda f: edited(f / "config.json", num_hidden_layers=5),
+            "9 tensors are not part of .* model.layers.5.input_layernorm.weight first",
+        ),
+        (lambda f: with_rope(f, rope_type="longrope"), "rope_type 'longrope', .* use a model with one of default, "),
+        (lambda f: with_rope(f, rope_type="spiral"), "rope_type 'spiral'"),
+        (lambda f: edited(f / "config.json", rope_parameters=None, rope_scaling={"type": "su"}), "rope_type 'su'"),
+        (lambda f: edited(f / "config.json", num_attention_heads=7), "transformers makes no model of its config"),
+        (lambda f: edited(f / "config.json", hidden_act="wave"), "transformers makes no model of its config"),
+        (_larger_tokenizer, "token '<extra 6>' with id 265, but vocab_size in config.json is 264; use the tokenizer"),
         (_cut, "is damaged"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "is damaged"),
         (lambda f: (f / "model.safetensors").write_bytes(b"no weights here"), "is damaged"),
@@ -111,6 +150,60 @@ def test_broken_model_folder(change: Change, message: str, copy_of: Callable[[Ch
     with pytest.raises(BadInput, match=message) as error:
         open_engine(folder)
     assert str(folder) in sentence(error) or "family" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda f: edited(f / "config.json", use_sliding_window=False),
+            "'sliding_attention' .* and sliding_window None",
+        ),
+        (lambda f: edited(f / "config.json", layer_types=["chunked_attention"] * 6), "'chunked_attention' among"),
+        (lambda f: with_rope(f, full_attention={"rope_type": "default"}), "transformers makes no model of its config"),
+    ],
+)
+def test_layers_that_transformers_could_not_run(change: Change, message: str, copy_of: Callable[..., Path]) -> None:
+    """Protects against a layer that silently sees all, or turns by other angles than its configuration says."""
+    folder = copy_of(change, "qwen2 window in every other layer")
+    with pytest.raises(BadInput, match=message) as error:
+        open_engine(folder)
+    assert str(folder) in sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("llama", ["model__layers__0__self_attn__rotary_emb__inv_freq"]),
+        ("gpt2", ["transformer__h__1__attn__bias", "transformer__h__1__attn__masked_bias"]),
+        ("gpt_bigcode", ["transformer__h__1__attn__bias", "transformer__h__1__attn__masked_bias"]),
+        ("codegen", ["transformer__h__1__attn__causal_mask", "transformer__h__1__attn__embed_positions"]),
+    ],
+)
+def test_masks_and_angles_among_the_weights(
+    kind: str, names: list[str], copy_of: Callable[..., Path], tiny_engine: Callable[..., Engine]
+) -> None:
+    """Protects checkpoints of older releases, which hold what newer ones make anew."""
+    engine = open_engine(copy_of(lambda f: with_tensors(f, **{name: torch.ones(1) for name in names}), kind))
+    assert engine.complete(["def f"])[0].token_ids == tiny_engine(kind).complete(["def f"])[0].token_ids
+
+
+def test_code_that_comes_with_a_model_is_not_run(copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Protects the promise that no model executes anything: its classes are those of `transformers`, or none."""
+    trace = tmp_path / "was-run"
+
+    def trap(folder: Path) -> None:
+        code = f"open({str(trace)!r}, 'w')\nfrom transformers import *\n"
+        (folder / "trap.py").write_text(code + "class Config(LlamaConfig): pass\nclass Model(LlamaForCausalLM): pass\n")
+        edited(folder / "config.json", auto_map={"AutoConfig": "trap.Config", "AutoModelForCausalLM": "trap.Model"})
+        edited(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "trap.Tokenizer"]})
+
+    folder = copy_of(trap)
+    assert open_engine(folder).n_layers == 6
+    edited(folder / "config.json", model_type="ours")
+    with pytest.raises(BadInput, match="family 'ours' is not known"):
+        open_engine(folder)
+    assert not trace.exists()
 
 
 def test_cache_that_cannot_be_written(tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +303,29 @@ def test_unknown_exits(tiny_folder: Callable[[str], Path]) -> None:
     sentence(error)
 
 
+def test_exits_that_every_model_brings_along(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
+    """Protects `exits: tied`, by which a LayerSkip checkpoint runs as it is: the model's own head after every layer."""
+    kind = "llama untied"
+    built = make_bundle(
+        tmp_path / "exits", facts_of(tiny_folder(kind)), head="tied", points=(1, 2, 3, 4, 5), controller=False
+    )
+    named, bundled = open_engine(tiny_folder(kind), "tied"), open_engine(tiny_folder(kind), built)
+    assert (named.exit_points, named.head_kind) == ((1, 2, 3, 4, 5), "tied")
+    prompts = [Prompt([5, 6, 7, 8]), Prompt([9])]
+    for spec in (policy("fixed", exit_layer=3), policy("self-speculative", exit_layer=4, threshold=0.1)):
+        written = [
+            [completion.token_ids for completion in done.completions]
+            for done in (
+                engine.decode(engine.prefill(prompts, 8), spec, max_new_tokens=8, ends_with_line=False)
+                for engine in (named, bundled)
+            )
+        ]
+        assert written[0] == written[1]
+    assert named.exits_hash == open_engine(tiny_folder(kind), "tied").exits_hash
+    with pytest.raises(BadInput, match="needs a controller"):
+        named.check(policy("sec", exit=0.5, stop=0.5))
+
+
 # --- policies -------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +336,11 @@ def test_unknown_exits(tiny_folder: Callable[[str], Path]) -> None:
         (policy("fixed", exit_layer=6), "exit_layer is 6, which is no exit point"),
         (policy("patience", patience=4), "4 exit points can agree at most 3 times"),
         (policy("sec", exit=0.5, stop=0.5), "needs a controller, and the exits of .* have none"),
+        (policy("self-speculative", exit_layer=3), "exit_layer is 3, which is no exit point; trained ones: 1, 2, 4, 5"),
+        (policy("fixed", exit_layer=2, min_layer=3), "trained ones from min_layer 3 on: 4, 5"),
+        (policy("random", exit_layers=[2, 3], shares=[0.1, 0.1]), "exit_layers is 3, which is no exit point"),
+        (policy("static", layers=[2, 7]), "layers has 7, which the model has not; give layers from 1 to 6"),
+        (policy("static", layers=[1, 2, 3, 4, 5, 6]), "names every layer of the model; leave one in"),
     ],
     ids=lambda value: getattr(value, "label", ""),
 )
@@ -239,6 +360,8 @@ def test_policy_that_these_exits_cannot_serve(spec: object, message: str, tiny_e
         policy("confidence", threshold=0.5),
         policy("patience", patience=1),
         policy("sec", exit=0.5, stop=0.5),
+        policy("position", deepest=4, shallowest=2, over=3),
+        policy("self-speculative", exit_layer=1),
     ],
     ids=lambda spec: spec.kind,
 )

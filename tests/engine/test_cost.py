@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.cache import Span
 from engine.cost import Machine, Work, cost
-from engine.decode import Ends, decode
+from engine.decode import Decoding, Ends
 from engine.engine import Engine, Prompt
 from engine.policies import build_rule
 from engine.record import Decoded, TokenRecords
@@ -139,8 +139,9 @@ def _watched(engine: Engine, spec: PolicySpec) -> tuple[list[TokenRecords], Work
         patch.setattr(stack, "unembed", counted("unembedded", unembed, 0))
         patch.setattr(heads, "logits", counted("heads", logits, 1))
         rule = build_rule(spec, engine.exit_points, engine.n_layers)
-        records, _, work, _ = decode(stack, heads, rule, spec, start, Ends(NEW, {}))
-    return records, work, seen
+        decoding = Decoding(stack, heads, rule, spec, start, Ends(NEW, {}))
+        decoding.run()
+    return decoding.records, decoding.work, seen
 
 
 def test_machine_is_measured() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import N_LAYERS, facts_of, make_bundle, open_engine, random_model, random_prompts, save, write_bundle
 
-from engine.decode import Ends, decode
+from engine.decode import Decoding, Ends
 from engine.engine import Engine, Prompt
 from engine.errors import NumericalError
 from engine.heads import choose
@@ -56,7 +56,7 @@ def _only_row(row: int, engine: Engine) -> None:
     prompts = [Prompt([5, 6, 7]), Prompt([5, 6, 7, 8, 9, 10]), Prompt([9])]
     start = engine.prefill(prompts, 4).start
     with torch.inference_mode():
-        decode(engine.stack, engine.heads, _Leaves(row), policy("full"), start, Ends(4, {}))
+        Decoding(engine.stack, engine.heads, _Leaves(row), policy("fixed", exit_layer=2), start, Ends(4, {})).run()
 
 
 class _Leaves(Rule):
@@ -66,7 +66,7 @@ class _Leaves(Rule):
         self.points, self.row = (2,), row
 
     def decide(self, view: View) -> Verdict:
-        return Verdict(torch.where(view.rows == self.row, EXIT, CONTINUE))
+        return Verdict(torch.tensor([EXIT if row == self.row else CONTINUE for row in view.rows]))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

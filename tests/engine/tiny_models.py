@@ -177,7 +177,7 @@ def own_cache(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_engine(model: Path, exits: Path | None = None, **options: str) -> Engine:
+def open_engine(model: Path, exits: Path | str | None = None, **options: str) -> Engine:
     with own_cache(model / "cache"):
         engine = Engine(str(model), exits, device="cpu", **options)
     engine.machine = MACHINE

@@ -80,8 +80,15 @@ def test_only_batches_that_both_runs_timed_are_compared():
     summary = summarise(run)
     assert summary["speedup_token"]["value"] == pytest.approx(2)
     assert summary["untimed_batches"] == 1
+    assert summary["isolated"] == 0
     assert summary["decode_ms_p50"] == pytest.approx(50)
     assert summary["flops"] == 4 * 10**12
+
+
+def test_samples_done_in_pieces_are_counted():
+    """What is left out of the promise of equal bytes is not left out of the report."""
+    run = replace(run_data([50] * 4, [10] * 4), isolated=np.array([False, True, True, False]))
+    assert summarise(run)["isolated"] == 2
 
 
 def test_batches_are_paired_by_their_index():
