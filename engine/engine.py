@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from engine import matrices
@@ -68,6 +69,7 @@ class Engine:
                 raise BadInput(f"threads is {threads}; give at least 1, or leave it out.")
             torch.set_num_threads(threads)
         self.threads = torch.get_num_threads()
+        threadpool_limits(self.threads, user_api="blas")  # numpy multiplies too, see `engine.kernels`
         self.facts = resolve_model(model)
         self.name, self.weights_hash = self.facts.name, self.facts.weights_hash
         self.dtype = dtype

@@ -74,8 +74,8 @@ def find_bundle(name: str | Path) -> Path:
 def tied_exits(model: ModelFacts) -> Path:
     """A bundle of nothing but the model's own norm and unembedding, after every layer.
 
-    For models that were trained to leave early themselves, such as LayerSkip's. Raises `BadInput` where the cache folder
-    cannot be written.
+    For models that were trained to leave early themselves, such as LayerSkip's. Raises `BadInput` where the cache
+    folder cannot be written.
     """
     folder = cache_folder() / "exits" / f"{TIED}-{model.weights_hash[:24]}"
     empty = (2).to_bytes(8, "little") + b"{}"  # safetensors of nothing

@@ -1,24 +1,25 @@
 """Ways to multiply a few tokens with a large matrix, and a short measurement that says which one to take when.
 
-No way is the fastest everywhere: on one processor the plain product wastes a factor of three for eight tokens, on
-another the packed one is slower for one. What was measured is in `docs/decisions/kernels.md`.
+No way is the fastest everywhere: the same product takes up to four times longer in the wrong one, and which one is
+wrong changes with the number of tokens, the shape and the processor: `docs/decisions/kernels.md`.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 #: states [tokens, inputs] → [tokens, outputs]
 Product = Callable[[Tensor], Tensor]
-#: weight [outputs, inputs] and bias [outputs] or None → their product
+#: weight in the kernel's layout and bias [outputs] or None → their product
 Kernel = Callable[[Tensor, Tensor | None], Product]
 
 #: part of a plan's name: another set of counts or kernels makes plans that were kept before worthless
-VERSION = 1
+VERSION = 2
 #: counts of tokens that are measured; a count in between is served as the next one, a larger one as the last
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 256)
 #: a smaller matrix lives in the processor's cache, where the choice means nothing
@@ -33,6 +34,9 @@ def place(tokens: int) -> int:
     return min((tokens - 1).bit_length(), len(COUNTS) - 1)
 
 
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
 def linear(weight: Tensor, bias: Tensor | None) -> Product:
     """PyTorch's own way."""
     return lambda states: F.linear(states, weight, bias)
@@ -40,56 +44,96 @@ def linear(weight: Tensor, bias: Tensor | None) -> Product:
 
 def columns(weight: Tensor, bias: Tensor | None) -> Product:
     """W Xᵀ: the tokens are columns, and the weights are read in the order in which they lie."""
+    return _biased(lambda states: (weight @ states.t()).t().contiguous(), bias)
 
-    def product(states: Tensor) -> Tensor:
-        outputs = (weight @ states.t()).t().contiguous()
-        return outputs if bias is None else outputs.add_(bias)
 
-    return product
+def numpy_columns(weight: Tensor, bias: Tensor | None) -> Product:
+    """The same by numpy's BLAS."""
+    array = weight.numpy()
+    return _biased(lambda states: torch.from_numpy(np.ascontiguousarray((array @ states.numpy().T).T)), bias)
+
+
+def numpy_rows(weight: Tensor, bias: Tensor | None) -> Product:
+    """X W by numpy's BLAS, on transposed weights [inputs, outputs]."""
+    array = weight.numpy()
+    return _biased(lambda states: torch.from_numpy(states.numpy() @ array), bias)
 
 
 def packed(weight: Tensor, bias: Tensor | None) -> Product:
-    """oneDNN, on weights that were given to `pack`."""
+    """oneDNN, on weights in its own blocks."""
     return lambda states: torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
-def pack(weight: Tensor) -> Tensor:
-    """The weights in oneDNN's own blocks. What it lays out for 32 tokens serves all counts."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
+def _biased(product: Product, bias: Tensor | None) -> Product:
+    return product if bias is None else lambda states: product(states).add_(bias)
 
 
-KERNELS: dict[str, Kernel] = {"linear": linear, "columns": columns, "packed": packed}
-#: those that need the weights as they came
-DENSE = ("linear", "columns")
+KERNELS: dict[str, Kernel] = {
+    "linear": linear,
+    "columns": columns,
+    "numpy-columns": numpy_columns,
+    "numpy-rows": numpy_rows,
+    "packed": packed,
+}
+#: how the weights lie in memory: a matrix is kept in one layout, and uses that layout's kernels
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "dense": ("linear", "columns", "numpy-columns"),
+    "transposed": ("numpy-rows",),
+    "packed": ("packed",),
+}
 #: for a GPU, and for whatever is too small to care
 PLAIN = ["linear"] * len(COUNTS)
+
+
+def layout_of(kernel: str) -> str:
+    """The layout that a kernel, by name, needs."""
+    return next(layout for layout, kernels in LAYOUTS.items() if kernel in kernels)
+
+
+def laid_out(weight: Tensor, layout: str) -> Tensor:
+    """Weights [outputs, inputs] in a layout; the same tensor where that is `dense`."""
+    if layout == "packed":  # what oneDNN lays out for 32 tokens serves all counts
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
+    return weight.t().contiguous() if layout == "transposed" else weight
+
+
+def dense_again(weight: Tensor, layout: str) -> Tensor:
+    """What `laid_out` was given."""
+    if layout == "packed":
+        return weight.to_dense()
+    return weight.t().contiguous() if layout == "transposed" else weight
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
 
 
 def measure(weights: Sequence[Tensor], keeps_dense: bool) -> list[str]:
     """The fastest kernel for each of `COUNTS`, for matrices of one shape [outputs, inputs] on the CPU.
 
-    `packed` is a second copy of the weights, so a matrix takes it for all counts or for none, unless the weights have
-    to stay as they are anyway (`keeps_dense`): an embedding that is the unembedding too.
+    Another layout is a second copy of the weights, so a matrix takes one for all counts, unless the weights have to
+    stay as they are anyway (`keeps_dense`): an embedding that is the unembedding too may add one.
     """
     if weights[0].device.type != "cpu" or weights[0].numel() < _SMALL:
         return PLAIN
     weights = weights[: max(1, math.ceil(_COLD_BYTES / weights[0].nbytes))]
-    seconds = {name: _seconds(kernel, weights) for name, kernel in KERNELS.items()}
-    dense = [min(DENSE, key=lambda name: seconds[name][at]) for at in range(len(COUNTS))]
-    if keeps_dense:
-        return [min(KERNELS, key=lambda name: seconds[name][at]) for at in range(len(COUNTS))]
+    seconds = {name: _seconds(name, weights) for name in KERNELS}
+    kept = ("dense",) if keeps_dense else ()
+    choices = [_fastest(seconds, [*kept, layout]) for layout in LAYOUTS]
     # Every count weighs the same: what counts is the factor.
-    gain = sum(math.log(seconds[name][at] / seconds["packed"][at]) for at, name in enumerate(dense))
-    return ["packed"] * len(COUNTS) if gain > 0 else dense
+    return min(choices, key=lambda plan: sum(math.log(seconds[name][at]) for at, name in enumerate(plan)))
 
 
-def _seconds(kernel: Kernel, weights: Sequence[Tensor]) -> list[float]:
-    """Time of one product for each of `COUNTS`; infinite where this build of PyTorch does not have the kernel."""
+def _fastest(seconds: dict[str, list[float]], layouts: Sequence[str]) -> list[str]:
+    names = [name for layout in dict.fromkeys(layouts) for name in LAYOUTS[layout]]
+    return [min(names, key=lambda name: seconds[name][at]) for at in range(len(COUNTS))]
+
+
+def _seconds(name: str, weights: Sequence[Tensor]) -> list[float]:
+    """Time of one product for each of `COUNTS`; infinite where this build, or this type, does not have the kernel."""
     try:
-        weights = [pack(weight) for weight in weights] if kernel is packed else weights
-        products = [kernel(weight, None) for weight in weights]
+        products = [KERNELS[name](laid_out(weight, layout_of(name)), None) for weight in weights]
         return [_typical(products, weights[0], count) for count in COUNTS]
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, AttributeError, TypeError):
         return [math.inf] * len(COUNTS)
 
 

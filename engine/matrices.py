@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from engine.kernels import KERNELS, PLAIN, VERSION, Product, measure, pack, place
+from engine.kernels import KERNELS, PLAIN, VERSION, Product, dense_again, laid_out, layout_of, measure, place
 
 
 class Matrix:
@@ -18,7 +18,7 @@ class Matrix:
         """keeps_dense: somebody else needs the weights as they are, an embedding for example."""
         self.bias, self.keeps_dense = bias, keeps_dense
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
-        self._weight = weight
+        self._kept, self._layout = weight, "dense"
         self.use(PLAIN)
 
     def __call__(self, states: Tensor) -> Tensor:
@@ -36,17 +36,18 @@ class Matrix:
 
     @property
     def weight(self) -> Tensor:
-        """The weights as they came; a copy, where the plan has packed them."""
-        return self._weight.to_dense() if self._weight.is_mkldnn else self._weight
+        """The weights as they came, [outputs, inputs]; a copy where the plan has them in another layout."""
+        return dense_again(self._kept, self._layout)
 
     def use(self, kernels: Sequence[str]) -> None:
         """Multiply with these kernels from now on, by names in `KERNELS`, one for each of `COUNTS`."""
         weight = self.weight
-        blocks = pack(weight) if "packed" in kernels else weight
-        made = {name: KERNELS[name](blocks if name == "packed" else weight, self.bias) for name in set(kernels)}
+        lying = {layout: laid_out(weight, layout) for layout in {layout_of(name) for name in kernels}}
+        made = {name: KERNELS[name](lying[layout_of(name)], self.bias) for name in set(kernels)}
         self._products: list[Product] = [made[name] for name in kernels]
         # Weights are not held twice without need.
-        self._weight = weight if self.keeps_dense or set(kernels) != {"packed"} else blocks
+        self._layout = "dense" if self.keeps_dense or len(lying) > 1 else next(iter(lying))
+        self._kept = lying.get(self._layout, weight)
 
     def outputs(self, start: int, end: int | None = None) -> "Matrix":
         """The same matrix for some of its outputs only: a copy, since a part would keep the whole alive once packed."""
