@@ -3,7 +3,7 @@
 import os
 
 # Read by torch's OpenMP when it is loaded, and never again. By default its threads wait for the next product in a busy
-# loop: they take the core from numpy's threads (six times slower) and from whatever else the machine does (a product that
-# should take 0.2 ms takes the 8 ms of the scheduler's slice). Waking a sleeper costs microseconds.
-# See `docs/decisions/kernels.md`. What a user has set stays.
+# loop: they take the core from numpy's threads (six times slower) and from whatever else the machine does (a product
+# of 0.2 ms takes the 8 ms of the scheduler's slice). Waking a sleeper costs microseconds: `docs/decisions/kernels.md`.
+# What a user has set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

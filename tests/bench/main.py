@@ -9,15 +9,14 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from transformers import PreTrainedModel
 
 from engine.cache import Span
 from engine.engine import Engine, Prefilled, Prompt
 from engine.heads import full_depth
-from engine.loading import load_model
 from engine.record import Decoded
 from engine.spec import PolicySpec, policy
 from tests.bench.measure import Row, ratio, seconds, summarise, write
+from tests.bench.peer import Peer
 
 PROMPT, NEW = 256, 64
 FULL = policy("full")
@@ -44,19 +43,17 @@ def decode(engine: Engine, prefilled: Prefilled, spec: PolicySpec, new: int) -> 
 # --- full depth ------------------------------------------------------------------------------------------------------
 
 
-def against_transformers(engine: Engine, peer: PreTrainedModel, rows: int, at_least: float) -> Row:
-    """Prefill and decode against `generate`, same weights, prompts and number of tokens."""
+def against_transformers(engine: Engine, peer: Peer, rows: int, at_least: float) -> Row:
+    """Prefill and decode against `generate`, same weights, prompts, threads and number of tokens; pairs in turn."""
     batch = prompts(engine, rows)
-    ids = torch.tensor([prompt.token_ids for prompt in batch])
-    mask = torch.ones_like(ids)
-
-    def theirs() -> None:
-        peer.generate(ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    ids = [prompt.token_ids for prompt in batch]
 
     def ours() -> None:
         decode(engine, engine.prefill(batch, NEW), FULL, NEW)
 
-    return ratio(f"full depth over transformers generate, batch {rows}", theirs, ours, pairs=5, at_least=at_least)
+    peer.generate(ids, 4), ours()
+    ratios = [peer.generate(ids, NEW) / seconds(ours) for _ in range(5 if rows < 32 else 3)]
+    return summarise(f"full depth over transformers generate, batch {rows}", ratios, "x", at_least=at_least)
 
 
 def of_the_bandwidth(engine: Engine) -> Row:
@@ -218,9 +215,8 @@ def main() -> None:
     print(f"{engine.device_class}; prompts of {PROMPT} tokens, {NEW} new")
     for shape, kernels in engine.kernels.items():
         print(f"  kernels for {shape}: {' '.join(kernels)}")
-    peer = load_model(engine.facts)
-    rows = [against_transformers(engine, peer, batch, wanted) for batch, wanted in ((1, 1.8), (8, 2.0), (32, 1.6))]
-    del peer
+    with Peer(engine.facts.folder, engine.threads) as peer:
+        rows = [against_transformers(engine, peer, batch, wanted) for batch, wanted in ((1, 1.8), (8, 2.0), (32, 1.6))]
     rows += [of_the_bandwidth(engine), *(of_full_ideal(engine, batch) for batch in (1, 8, 32))]
     rows += [several_tokens(engine, 4), *(against_plain_loop(engine, batch) for batch in (1, 8))]
     rows += lossless(engine)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import EOS, N_LAYERS, random_prompts
 
-from engine.decode import Ends, Prefill, decode
+from engine.decode import Decoding, Ends
 from engine.engine import Engine, Prompt
 from engine.policies import CONTINUE, STOP, Rule, Verdict, View
 from engine.record import Completion, Finish
@@ -123,13 +123,15 @@ def test_healed_prompt(tiny_engine: Callable[..., Engine]) -> None:
 class _StopsAt(Rule):
     """Gives up on one row, at one exit point, after so many tokens; everybody else goes on."""
 
+    stops = True
+
     def __init__(self, point: int, row: int, after: int) -> None:
         self.points, self.row, self.after = (point,), row, after
 
     def decide(self, view: View) -> Verdict:
         self.after -= 1
-        gives_up = (view.rows == self.row) & (self.after < 0)
-        return Verdict(torch.where(gives_up, STOP, CONTINUE), torch.full((len(view.rows),), 0.75))
+        gives_up = [STOP if row == self.row and self.after < 0 else CONTINUE for row in view.rows]
+        return Verdict(torch.tensor(gives_up), torch.full((len(view.rows),), 0.75))
 
 
 @pytest.mark.parametrize("point", [2, N_LAYERS])
@@ -138,14 +140,10 @@ def test_stop(point: int, tiny_engine: Callable[..., Engine]) -> None:
     engine = tiny_engine("llama", head="tied")
     start = engine.prefill(PROMPTS, 8)
     with torch.inference_mode():
-        records, finishes, _, _ = decode(
-            engine.stack,
-            engine.heads,
-            _StopsAt(point, row=2, after=3),
-            FULL,
-            Prefill(start.start.cache.copy(), start.start.prompts, start.start.first),
-            Ends(8, {}),
-        )
+        rule = _StopsAt(point, row=2, after=3)
+        decoding = Decoding(engine.stack, engine.heads, rule, FULL, start.start.copy(), Ends(8, {}))
+        decoding.run()
+    records, finishes = decoding.records, decoding.finishes
     full = engine.decode(start, FULL, max_new_tokens=8, ends_with_line=False).completions
     stopped = Completion("", records[2], finishes[2], len(PROMPTS[2].token_ids), 0)
     assert stopped.stopped
