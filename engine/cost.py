@@ -36,13 +36,16 @@ class Machine:
 class Work:
     """What a decode did, counted while it ran: cheap lists in the loop, arithmetic afterwards."""
 
-    passes: list[tuple[int, int, int]] = field(default_factory=list)  #: (layers, tokens, positions looked at)
+    passes: list[tuple[int, int, int, int]] = field(default_factory=list)  #: (layers, tokens, context, cached)
     fills: list[tuple[int, int]] = field(default_factory=list)  #: (layers, tokens)
     heads: list[tuple[int, int]] = field(default_factory=list)  #: (parameters, states)
 
-    def run(self, *, layers: int, tokens: int, context: int) -> None:
-        """Tokens went through layers, looking at `context` positions in all."""
-        self.passes.append((layers, tokens, context))
+    def run(self, *, layers: int, tokens: int, context: int, cached: int) -> None:
+        """Tokens went through layers, looking at `context` positions in all, among `cached` that were read once each.
+
+        Windows are not taken into account.
+        """
+        self.passes.append((layers, tokens, context, cached))
 
     def fill(self, *, layers: int, tokens: int) -> None:
         """Tokens had their keys and values projected, nothing else."""
@@ -62,14 +65,14 @@ class Cost:
 def cost(work: Work, stack: LayerStack, machine: Machine) -> Cost:
     """FLOPs of the work and the time that they need at best on `machine`.
 
-    A product of n tokens with P parameters is 2 n P operations and reads P once; attention over c positions reads c
-    keys and values and makes 4 c operations per head element.
+    A product of n tokens with P parameters is 2 n P operations and reads P once; attention that looks c times at one of
+    r positions reads r keys and values and makes 4 c operations per head element.
     """
     size = stack.unembedding.element_size()
     layer, kv = stack.layer_parameters(), 2 * stack.n_kv_heads * stack.head_size
-    layers, tokens, context = _columns(work.passes, 3)
+    layers, tokens, context, cached = _columns(work.passes, 4)
     flops = layers * (2 * layer * tokens + 4 * stack.n_heads * stack.head_size * context)
-    bytes_read = layers * size * (layer + kv * context)
+    bytes_read = layers * size * (layer + kv * cached)
     total, ideal = flops.sum(), _ideal(flops, bytes_read, machine)
     layers, tokens = _columns(work.fills, 2)
     projection = stack.hidden_size * kv

@@ -7,6 +7,7 @@ ended anything. Without stop the tokens are those of full depth (speculative dec
 model's own layers as the draft, LayerSkip, Elhoushi et al. 2024).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from zlib import crc32
@@ -175,7 +176,8 @@ class Decoding:
     def _layers(self, states: Tensor, span: Span, first: int, end: int) -> Tensor:
         for begin, stop in _pieces(first, end, self.rule.removed):
             states = self.stack.run(states, span, self.cache, begin, stop)
-            self.work.run(layers=stop - begin, tokens=span.size, context=span.context)
+            layers, cached = stop - begin, sum(span.reach)
+            self.work.run(layers=layers, tokens=span.size, context=span.context, cached=cached)
         return states
 
     def _ask(self, rows: list[int], states: Tensor, previous: Tensor | None, point: int) -> tuple[list[int], Tensor]:
@@ -195,6 +197,9 @@ class Decoding:
         verdict = self.rule.decide(view)
         if view.predicted:
             self.work.head(parameters=self.heads.parameters(point), states=len(asked))
+            self._check_finite(view.rows, view.steps, point, view.prediction.confidences)
+        if verdict.stop_confidences is not None:
+            self._check_finite(view.rows, view.steps, point, verdict.stop_confidences)
         decisions = [
             CONTINUE if decision == EXIT and row not in self.free else decision
             for row, decision in zip(view.rows, verdict.decisions.tolist(), strict=True)
@@ -305,10 +310,12 @@ class Decoding:
 
     def _keep(self, row: int, first: int, choice: Choice, begin: int, kept: int) -> None:
         """So many drafts of the row from step `first` on are full depth's own tokens."""
+        confidences = choice.confidences[begin : begin + kept]
+        self._check_finite([row] * kept, range(first, first + kept), self.stack.n_layers, confidences)
         steps = slice(first, first + kept)
         self.exit_layers[row, steps] = self.stack.n_layers
         self.decisions[row, steps] = Decision.FULL
-        self.confidences[row, steps] = choice.confidences[begin : begin + kept].float().cpu()
+        self.confidences[row, steps] = confidences.float().cpu()
         self.drafts_kept += kept
 
     def _undo(self, row: int, step: int) -> None:
@@ -324,11 +331,7 @@ class Decoding:
         """The next token of each row."""
         tokens, confidences = choice.tokens.tolist(), choice.confidences.cpu().numpy()
         steps = [self.at[row] for row in rows]
-        if not np.isfinite(confidences).all():
-            place = int(np.flatnonzero(~np.isfinite(confidences))[0])
-            row, step = rows[place], steps[place]
-            where = f"after layer {layer}, at position {self.prompts[row] + step}"
-            raise NumericalError(f"row {row}: the logits {where} are not finite; check the weights and the dtype.")
+        self._check_finite(rows, steps, layer, choice.confidences)
         self.ids[rows, steps] = tokens
         self.exit_layers[rows, steps] = layer
         self.decisions[rows, steps] = decision
@@ -341,6 +344,14 @@ class Decoding:
                 self._end_row(row, end, step + 1)
             elif step + 1 == self.ends.max_new_tokens:
                 self._end_row(row, Finish.LENGTH, step + 1)
+
+    def _check_finite(self, rows: Sequence[int], steps: Sequence[int], layer: int, probabilities: Tensor) -> None:
+        """Raises `NumericalError` for the first that is no number."""
+        finite = torch.isfinite(probabilities)
+        if not bool(finite.all()):
+            place = int(finite.logical_not().nonzero()[0])
+            where = f"after layer {layer}, at position {self.prompts[rows[place]] + steps[place]}"
+            raise NumericalError(f"the logits {where} are not finite; check the weights and the dtype.")
 
     def _end(self, row: int, step: int, token: int) -> Finish | None:
         if step == 0 and self.ends.first is not None:

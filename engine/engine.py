@@ -1,6 +1,7 @@
 """The engine: a model with its exits, ready to complete prompts under any policy."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from engine.architectures import build_stack, check_family
 from engine.cost import Machine, cost
 from engine.decode import Decoding, Ends, Prefill, prefill
 from engine.device import describe_device_class, find_device
-from engine.errors import BadInput
+from engine.errors import BadInput, NumericalError, OutOfMemory
 from engine.exits import check_policy, check_weights, exits_hash, find_exits, read_manifest
 from engine.heads import Heads
 from engine.loading import load_model, load_tokenizer, resolve_model
@@ -69,7 +70,7 @@ class Engine:
                 raise BadInput(f"threads is {threads}; give at least 1, or leave it out.")
             torch.set_num_threads(threads)
         self.threads = torch.get_num_threads()
-        threadpool_limits(self.threads, user_api="blas")  # numpy multiplies too, see `engine.kernels`
+        self._threads_changed = True
         self.facts = resolve_model(model)
         self.name, self.weights_hash = self.facts.name, self.facts.weights_hash
         self.dtype = dtype
@@ -119,6 +120,7 @@ class Engine:
     @cached_property
     def machine(self) -> Machine:
         """What this device reaches, measured once; a worker may set what others measured before it."""
+        self._take_threads()
         with torch.inference_mode():
             return Machine.measure(self.device, getattr(torch, self.dtype))
 
@@ -134,6 +136,7 @@ class Engine:
     @torch.inference_mode()
     def measure_kernels(self, shapes: Iterable[str]) -> dict[str, list[str]]:
         """The fastest kernels for matrices of these shapes on this device, one for each of `kernels.COUNTS`."""
+        self._take_threads()
         return matrices.measure_plans(self.matrices, shapes)
 
     @property
@@ -150,6 +153,13 @@ class Engine:
             matrices.use_plans(self.matrices, plan)
         self._kernels = plan
 
+    def _take_threads(self) -> None:
+        """Threads belong to the process: another engine, or the caller, may have set them since."""
+        if self._threads_changed or torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+            threadpool_limits(self.threads, user_api="blas")  # numpy multiplies too, see `engine.kernels`
+            self._threads_changed = False
+
     def check(self, policy: PolicySpec) -> None:
         """Whether this model and its exits can run a policy. Raises `BadInput`."""
         check_policy(policy, self.manifest, self.n_layers)
@@ -162,6 +172,7 @@ class Engine:
     @torch.inference_mode()
     def prefill(self, prompts: list[Prompt], room: int) -> Prefilled:
         """Run the prompts once, leaving room for `room` new tokens each. Raises `OutOfMemory`."""
+        self._take_threads()
         allowed = self._allowed(prompts)
         _ = self.kernels  # chosen before the clock starts
         with Stopwatch(self.device) as watch:
@@ -175,6 +186,7 @@ class Engine:
 
         Raises `NumericalError`, `OutOfMemory`.
         """
+        self._take_threads()
         rule = build_rule(policy, self.exit_points, self.n_layers)
         longest, space = max(prefilled.start.prompts), prefilled.start.cache.n_positions
         if longest + max_new_tokens > space:
@@ -238,9 +250,14 @@ class Engine:
         _ = self.kernels, self.machine  # measured outside the clock
         with Stopwatch(self.device) as watch:
             for batch in (prompts, prompts[:1]):
-                prefilled = self.prefill(batch, 4)
+                try:
+                    prefilled = self.prefill(batch, 4)
+                except (NumericalError, OutOfMemory):
+                    continue
                 for policy in cold:
-                    self.decode(prefilled, policy, max_new_tokens=4, ends_with_line=True)
+                    # What fails on these tokens may do on others; what fails on all is told where a sample ends.
+                    with suppress(NumericalError, OutOfMemory):
+                        self.decode(prefilled, policy, max_new_tokens=4, ends_with_line=True)
         if self.compiled:
             self.compile_ns += watch.ns
         self._warm |= cold

@@ -49,19 +49,25 @@ def columns(weight: Tensor, bias: Tensor | None) -> Product:
 
 def numpy_columns(weight: Tensor, bias: Tensor | None) -> Product:
     """The same by numpy's BLAS."""
-    array = weight.numpy()
+    array = _array(weight)
     return _biased(lambda states: torch.from_numpy(np.ascontiguousarray((array @ states.numpy().T).T)), bias)
 
 
 def numpy_rows(weight: Tensor, bias: Tensor | None) -> Product:
     """X W by numpy's BLAS, on transposed weights [inputs, outputs]."""
-    array = weight.numpy()
+    array = _array(weight)
     return _biased(lambda states: torch.from_numpy(states.numpy() @ array), bias)
 
 
 def packed(weight: Tensor, bias: Tensor | None) -> Product:
     """oneDNN, on weights in its own blocks."""
     return lambda states: torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+
+def _array(weight: Tensor) -> np.ndarray:
+    if weight.dtype != torch.float32:
+        raise TypeError("numpy multiplies narrow types one number at a time: a thousand times slower")
+    return weight.numpy()
 
 
 def _biased(product: Product, bias: Tensor | None) -> Product:
@@ -83,6 +89,11 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 #: for a GPU, and for whatever is too small to care
 PLAIN = ["linear"] * len(COUNTS)
+
+
+def is_plan(kernels: object) -> bool:
+    """Whether these are kernels of ours, one for each of `COUNTS`."""
+    return isinstance(kernels, list) and len(kernels) == len(COUNTS) and all(name in KERNELS for name in kernels)
 
 
 def layout_of(kernel: str) -> str:

@@ -6,9 +6,23 @@ class and shape. Everyone else reads what was found.
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
-from engine.kernels import KERNELS, PLAIN, VERSION, Product, dense_again, laid_out, layout_of, measure, place
+from engine.errors import BadInput
+from engine.kernels import (
+    COUNTS,
+    KERNELS,
+    PLAIN,
+    VERSION,
+    Product,
+    dense_again,
+    is_plan,
+    laid_out,
+    layout_of,
+    measure,
+    place,
+)
 
 
 class Matrix:
@@ -19,10 +33,18 @@ class Matrix:
         self.bias, self.keeps_dense = bias, keeps_dense
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
         self._kept, self._layout = weight, "dense"
+        self._multiply: Product = self._product
         self.use(PLAIN)
 
     def __call__(self, states: Tensor) -> Tensor:
         """States [tokens, inputs] times the matrix, plus the bias: [tokens, outputs]."""
+        return self._multiply(states)
+
+    def stay_uncompiled(self) -> None:
+        """Compiled code calls the product as it is: the kernel depends on the number of tokens, and may be numpy's."""
+        self._multiply = torch.compiler.disable(self._product)
+
+    def _product(self, states: Tensor) -> Tensor:
         return self._products[place(states.shape[0])](states)
 
     @property
@@ -67,6 +89,11 @@ def measure_plans(matrices: Iterable[Matrix], wanted: Iterable[str]) -> dict[str
 
 
 def use_plans(matrices: Iterable[Matrix], plans: dict[str, list[str]]) -> None:
-    """Let each matrix multiply by the plan under its name."""
+    """Let each matrix multiply by the plan under its name. Raises `BadInput` where a plan is not of this version."""
     for matrix in matrices:
+        if not is_plan(plans.get(matrix.name)):
+            raise BadInput(
+                f"kernels for shape {matrix.name!r} are {plans.get(matrix.name)!r}; give {len(COUNTS)} names among "
+                f"{', '.join(KERNELS)}, or remove the row so that it is measured again."
+            )
         matrix.use(plans[matrix.name])

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
+from engine.kernels import is_plan
 from engine.loading import cache_folder, write_whole
 
 Plan = dict[str, list[str]]
@@ -17,8 +18,9 @@ def remembered_plan(device_class: str, shapes: Iterable[str], measure: Callable[
     """
     note = cache_folder() / "kernels" / f"{hashlib.sha256(device_class.encode()).hexdigest()[:24]}.json"
     try:
-        known: Plan = json.loads(note.read_text())
-    except (OSError, ValueError):
+        noted = json.loads(note.read_text())
+        known: Plan = {shape: kernels for shape, kernels in noted.items() if is_plan(kernels)}
+    except (OSError, ValueError, AttributeError):
         known = {}
     wanted = list(shapes)
     if missing := [shape for shape in wanted if shape not in known]:

@@ -164,6 +164,10 @@ class Static(PolicySpec):
     needs = "nothing"
 
     kv: Literal["copy"] = "copy"
+    # Nobody leaves: there is nothing that these could hold back.
+    min_layer: None = None
+    max_exits_in_row: None = None
+    full_first: Literal[1] = 1
     layers: tuple[int, ...] = Field(min_length=1, description="which layers are left out, counted from 1")
 
 

@@ -154,6 +154,7 @@ class Evaluation:
                 decoded = self._decode(prefilled, run)
             except (NumericalError, OutOfMemory) as error:
                 endings[run.id] = [_reason(error)]
+                release(self.engine.device)
             else:
                 endings[run.id] = [*decoded.completions]
                 parts[run.id].append((prefilled.prefill_ns, decoded))

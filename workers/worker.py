@@ -156,7 +156,7 @@ class Worker:
         pinned = Pinned.model_validate(jobs.job(self.db, lease.job_id).pinned)
         benchmark = jobs.benchmark(self.db, lease.benchmark_id)
         engine = self._engines.take(pinned)
-        devices.keep_kernels(self.db, lease.job_id, engine.device_class, engine.kernels)
+        patiently(lambda: devices.keep_kernels(self.db, lease.job_id, engine.device_class, engine.kernels))
         runs = [
             Run(run.id, parse_policy(run.policy_spec))
             for run in jobs.runs(self.db, lease.job_id)
@@ -244,12 +244,12 @@ class EngineShelf:
                 f"model {pinned.model!r} has weights {engine.weights_hash[:12]}… on this machine, but the job was "
                 f"prepared with {pinned.weights_hash[:12]}…; bring those back, or submit the job again."
             )
-        self._measure(engine)
         if engine.facts.tokenizer_hash != pinned.tokenizer_hash:
             raise WeightsMismatch(
                 f"model {pinned.model!r} has another tokenizer on this machine than the job was prepared with; bring "
                 "that one back, or submit the job again."
             )
+        self._measure(engine)
         return engine
 
     def _measure(self, engine: "Engine") -> None:

@@ -28,7 +28,8 @@ class CodeGenStack(RotaryStack):
         self.rotary = pairs_table(body.h[0].attn.embed_positions, self.head_size)
 
     def positioned(self, layer: int, heads: Tensor, place: Table) -> Tensor:
-        return rotate_pairs(heads, place)
+        # The table is float32, as in transformers; in narrow types what it turns is rounded back.
+        return rotate_pairs(heads, place).to(heads.dtype)
 
     def merge(self, layer: int, states: Tensor, attended: Tensor) -> Tensor:
         weights = self.layers[layer]

@@ -64,7 +64,7 @@ def test_ideal_by_hand() -> None:
             return 1000
 
     work = Work()
-    work.run(layers=3, tokens=1, context=50)
+    work.run(layers=3, tokens=1, context=50, cached=50)
     reads = 3 * 4 * (1000 + 2 * 1 * 2 * 50)  # float32; keys and values of 50 positions
     operations = 3 * (2 * 1000 + 4 * 2 * 2 * 50)
     assert cost(work, Stack(), Machine(bandwidth=1e9, peak=1e15)).ideal_ns == reads
@@ -113,7 +113,7 @@ def test_work_counted_is_work_done(spec: PolicySpec, tiny_engine: Callable[..., 
     """Protects the books: tokens through layers, keys filled and logits made are those that the model really saw."""
     engine = tiny_engine("llama", head="lens", shortlist=100)
     records, work, seen = _watched(engine, spec)
-    assert sum(layers * tokens for layers, tokens, _ in work.passes) == seen["layers"]
+    assert sum(layers * tokens for layers, tokens, *_ in work.passes) == seen["layers"]
     assert sum(layers * tokens for layers, tokens in work.fills) == seen["fills"]
     assert sum(states for parameters, states in work.heads if parameters == HIDDEN * VOCABULARY) == seen["unembedded"]
     assert sum(states for parameters, states in work.heads if parameters != HIDDEN * VOCABULARY) == seen["heads"]

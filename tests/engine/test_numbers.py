@@ -27,7 +27,7 @@ def test_bad_weights_are_named(kind: str, bad: float, tmp_path: Path) -> None:
         weights["lm_head.weight" if "lm_head.weight" in weights else _embedding(kind)][17, 3] = bad
         _last_layer(model, kind).fill_(bad)
     engine = open_engine(save(model, tmp_path / "model"))
-    with pytest.raises(NumericalError, match=rf"row 0: .* after layer {N_LAYERS}, at position 5 are not finite; check"):
+    with pytest.raises(NumericalError, match=rf"after layer {N_LAYERS}, at position 5 are not finite; check"):
         engine.complete(["def f", "x"], max_new_tokens=3)
 
 
@@ -47,7 +47,7 @@ def test_a_bad_head_is_named(tmp_path: Path, tiny_folder: Callable[[str], Path])
         tmp_path / "bad", facts, {"heads.2.weight": weight}, head="untied", exit_points=(2,), controller=False
     )
     engine = open_engine(tiny_folder("llama"), folder)
-    with pytest.raises(NumericalError, match=r"row 1: .* after layer 2, at position 7 are not finite"):
+    with pytest.raises(NumericalError, match=r"the logits after layer 2, at position 7 are not finite"):
         _only_row(1, engine)
 
 

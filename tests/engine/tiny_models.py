@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def own_cache(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_engine(model: Path, exits: Path | str | None = None, **options: str) -> Engine:
+def open_engine(model: Path, exits: Path | str | None = None, **options: Any) -> Engine:
     with own_cache(model / "cache"):
         engine = Engine(str(model), exits, device="cpu", **options)
     engine.machine = MACHINE
