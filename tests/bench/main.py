@@ -5,7 +5,7 @@ import inspect
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -15,7 +15,7 @@ from engine.engine import Engine, Prefilled, Prompt
 from engine.heads import full_depth
 from engine.record import Decoded
 from engine.spec import PolicySpec, policy
-from tests.bench.measure import Row, ratio, seconds, summarise, write
+from tests.bench.measure import Row, printed, ratio, seconds, summarise, write
 from tests.bench.peer import Peer
 
 PROMPT, NEW = 256, 64
@@ -144,34 +144,38 @@ def lossless(engine: Engine) -> list[Row]:
 # --- exits -----------------------------------------------------------------------------------------------------------
 
 
-def forced_exit(engine: Engine, prefilled: Prefilled, exit_layer: int, kv: str, at_least: float | None) -> list[Row]:
-    """Every token leaves at one exit point: measured speedup, and how much of the ideal one it is."""
-    rows, context = len(prefilled.prompts), max(prefilled.start.prompts)
-    new = FORCED
-    spec = policy("fixed", exit_layer=exit_layer, kv=kv)
-    name = f"exit at {exit_layer}, {kv}, batch {rows}, context {context}"
-    ideal = decode(engine, prefilled, FULL, new).ideal_ns / decode(engine, prefilled, spec, new).ideal_ns
-    measured = [
-        decode(engine, prefilled, FULL, new).decode_ns / decode(engine, prefilled, spec, new).decode_ns
-        for _ in range(5 if rows < 16 else 3)
-    ]
-    return [
-        summarise(f"{name}: speedup (ideal {ideal:.2f})", measured, "x"),
-        summarise(f"{name}: of the ideal", [value / ideal for value in measured], "x", at_least=at_least),
-    ]
-
-
-def forced_exits(engine: Engine) -> list[Row]:
+def forced_exits(engine: Engine) -> Iterator[Row]:
     """Each exit point, both ways of paying, batches and contexts."""
-    rows = []
     for context in (128, 1024):
         for batch in (1, 4, 16):
             prefilled = engine.prefill(prompts(engine, batch, context), FORCED)
-            for exit_layer in engine.exit_points:
-                for kv in ("copy", "recompute"):
-                    wanted = {1: 0.90, 16: 0.85}.get(batch)
-                    rows += forced_exit(engine, prefilled, exit_layer, kv, wanted)
-    return rows
+            wanted = {1: 0.90, 16: 0.85}.get(batch)
+            yield from forced(engine, prefilled, f"batch {batch}, context {context}", wanted)
+
+
+def forced(engine: Engine, prefilled: Prefilled, where: str, at_least: float | None) -> Iterator[Row]:
+    """Every token leaves at one exit point: measured speedup, and how much of the ideal one it is.
+
+    Full depth and all exits in turn, three times after a warm-up; each is held against the full depth of its round.
+    """
+    specs = {
+        f"exit at {layer}, {kv}, {where}": policy("fixed", exit_layer=layer, kv=kv)
+        for layer in engine.exit_points
+        for kv in ("copy", "recompute")
+    }
+    measured: dict[str, list[float]] = {name: [] for name in specs}
+    ideal = {}
+    for counted in (False, True, True, True):
+        full = decode(engine, prefilled, FULL, FORCED)
+        for name, spec in specs.items():
+            done = decode(engine, prefilled, spec, FORCED)
+            ideal[name] = full.ideal_ns / done.ideal_ns
+            if counted:
+                measured[name].append(full.decode_ns / done.decode_ns)
+    for name, speedups in measured.items():
+        yield summarise(f"{name}: speedup (ideal {ideal[name]:.2f})", speedups, "x")
+        shares = [speedup / ideal[name] for speedup in speedups]
+        yield summarise(f"{name}: of the ideal", shares, "x", at_least=at_least)
 
 
 def of_full_ideal(engine: Engine, batch: int) -> Row:
@@ -219,14 +223,21 @@ def main() -> None:
     print(f"{engine.device_class}; prompts of {PROMPT} tokens, {NEW} new")
     for shape, kernels in engine.kernels.items():
         print(f"  kernels for {shape}: {' '.join(kernels)}")
+    write("engine", printed(everything(engine)))
+
+
+def everything(engine: Engine) -> Iterator[Row]:
+    """Every row of the table, in its order."""
     with Peer(engine.facts.folder, engine.threads) as peer:
-        rows = [against_transformers(engine, peer, batch, wanted) for batch, wanted in ((1, 1.8), (8, 2.0), (32, 1.6))]
-    rows += [of_the_bandwidth(engine), *(of_full_ideal(engine, batch) for batch in (1, 8, 32))]
-    rows += [several_tokens(engine, 4), *(against_plain_loop(engine, batch) for batch in (1, 8))]
-    rows += lossless(engine)
-    rows += forced_exits(engine)
-    rows.append(peak_memory())
-    write("engine", rows)
+        for batch, wanted in ((1, 1.8), (8, 2.0), (32, 1.6)):
+            yield against_transformers(engine, peer, batch, wanted)
+    yield of_the_bandwidth(engine)
+    yield from (of_full_ideal(engine, batch) for batch in (1, 8, 32))
+    yield several_tokens(engine, 4)
+    yield from (against_plain_loop(engine, batch) for batch in (1, 8))
+    yield from lossless(engine)
+    yield from forced_exits(engine)
+    yield peak_memory()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -56,12 +56,19 @@ def summarise(
     return Row(name, float(np.median(values)), float(spread.low), float(spread.high), unit, at_least, at_most)
 
 
-def write(name: str, rows: list[Row], folder: Path = Path("build/bench")) -> None:
-    """Print the table, and keep it as JSON with the machine and the versions."""
+def printed(rows: Iterable[Row]) -> list[Row]:
+    """The rows, each printed as soon as it is there."""
+    kept = []
     for row in rows:
         wanted = "" if row.at_least is None else f"   at least {row.at_least:g}"
         wanted += "" if row.at_most is None else f"   at most {row.at_most:g}"
-        print(f"{row.name:<58} {row.value:8.3f} {row.unit:<6} [{row.low:.3f}, {row.high:.3f}]{wanted}")
+        print(f"{row.name:<58} {row.value:8.3f} {row.unit:<6} [{row.low:.3f}, {row.high:.3f}]{wanted}", flush=True)
+        kept.append(row)
+    return kept
+
+
+def write(name: str, rows: list[Row], folder: Path = Path("build/bench")) -> None:
+    """Keep the table as JSON with the machine and the versions."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "machine": {"processor": platform.processor(), "system": platform.platform()},
