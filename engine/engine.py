@@ -11,7 +11,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from engine import matrices
+from engine import matrices, spins
 from engine.architectures import build_stack, check_family
 from engine.cost import Machine, cost
 from engine.decode import Decoding, Ends, Prefill, prefill
@@ -19,6 +19,7 @@ from engine.device import describe_device_class, find_device
 from engine.errors import BadInput, NumericalError, OutOfMemory
 from engine.exits import check_policy, check_weights, exits_hash, find_exits, read_manifest
 from engine.heads import Heads
+from engine.kernels import without_numpy
 from engine.loading import load_model, load_tokenizer, resolve_model
 from engine.matrices import Matrix
 from engine.memory import memory_errors
@@ -149,6 +150,8 @@ class Engine:
 
     @kernels.setter
     def kernels(self, plan: dict[str, list[str]]) -> None:
+        if spins and self.threads > 1:  # numpy's threads would wait for torch's, six times as long as they work
+            plan = without_numpy(plan)
         with torch.inference_mode():
             matrices.use_plans(self.matrices, plan)
         self._kernels = plan
