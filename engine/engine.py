@@ -11,7 +11,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from engine import matrices, spins
+from engine import matrices
 from engine.architectures import build_stack, check_family
 from engine.cost import Machine, cost
 from engine.decode import Decoding, Ends, Prefill, prefill
@@ -29,6 +29,7 @@ from engine.record import Completion, Decoded, Finish, TokenRecords
 from engine.spec import Compile, DType, PolicySpec, parse_policy
 from engine.stopwatch import Stopwatch
 from engine.text import Prompt, Text
+from engine.waiting import spins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
