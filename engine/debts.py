@@ -134,17 +134,6 @@ class Deferred(Debts):
         found = {depth for row, step in zip(rows, steps, strict=True) for depth in self.layers_run[row, :step].tolist()}
         return sorted(depth for depth in found if layer < depth < self.stack.n_layers)
 
-    def pay(self, rows: list[int], last: list[int]) -> None:
-        """Take all that still wait, up to each row's step `last`, to full depth."""
-        for row, step in zip(rows, last, strict=True):
-            depth = int(self.layers_run[row, step])
-            while depth < self.stack.n_layers:
-                deeper = sorted({int(d) for d in self.layers_run[row, : step + 1] if d > depth})
-                span, states = self.join([row], [step], depth, self.states[row, step][None].clone())
-                states = self.stack.run(states, span, self.cache, depth, deeper[0])
-                depth = deeper[0]
-                self.advance(span, states, depth)
-
     def _first_at(self, row: int, step: int, layer: int) -> int:
         """The earliest step of the row that waits at `layer`, or the newest."""
         first = step

@@ -239,12 +239,10 @@ class Decoding:
     def _choose(self, view: View, places: list[int]) -> Choice:
         """The head's choice for the rows that leave: only they pay for it, unless the rule has asked already."""
         everyone = len(places) == len(view.rows)
-        if view.predicted or everyone:
-            if not view.predicted:
-                self.work.head(parameters=self.heads.parameters(view.point), states=len(places))
+        if view.predicted:
             return view.prediction if everyone else view.prediction.of(places)
         self.work.head(parameters=self.heads.parameters(view.point), states=len(places))
-        return self.heads.predict(view.point, view.states[places])
+        return self.heads.predict(view.point, view.states if everyone else view.states[places])
 
     def _stop(self, row: int, point: int, confidence: float) -> bool:
         """The rule gives the row up. Whether it ends at once: drafts that wait are verified first."""

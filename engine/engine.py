@@ -47,9 +47,9 @@ class Prefilled:
 class Engine:
     """A model with its exits on one device.
 
-    `model` is a catalogue name, a folder or a hub id; `exits` the name or folder of an exit bundle, `tied`
-    (the model's own norm and unembedding after every layer), or None. Raises
-    `BadInput` where either cannot be found or they do not belong together.
+    `model` is a catalogue name, a folder or a hub id; `exits` the name or folder of an exit bundle, `tied` (the model's
+    own norm and unembedding after every layer), or None. `threads`: as torch has them when absent. Raises `BadInput`
+    where model or exits cannot be found or do not belong together.
     """
 
     def __init__(

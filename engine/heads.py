@@ -70,7 +70,9 @@ class Heads:
         }
         self.shortlist = tensors.get("shortlist")
         self.controller = tensors.get("controller")  # [3, hidden]: continue, exit, stop
-        self.unembedder = stack.unembedder if self.shortlist is None else _shortened(stack, self.shortlist)
+        self.unembedder = stack.unembedder
+        if self.shortlist is not None and kind != "untied":  # those have matrices of their own
+            self.unembedder = _shortened(stack, self.shortlist)
         self.untied = {
             point: Matrix(tensors[f"heads.{point}.weight"])
             for point in points
@@ -94,7 +96,7 @@ class Heads:
     @property
     def outputs(self) -> int:
         """Tokens that a head before full depth chooses among."""
-        return self.unembedder.shape[0]
+        return self.unembedder.shape[0] if self.shortlist is None else len(self.shortlist)
 
     def all_matrices(self) -> list[Matrix]:
         """The matrices that come on top of the model's own."""

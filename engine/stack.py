@@ -74,9 +74,8 @@ class LayerStack(ABC):
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * self.n_layers)
         dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 16 * self.n_layers)
-        for layer in range(self.n_layers):
-            for matrix in self.matrices(layer):
-                matrix.stay_uncompiled()
+        for matrix in self.all_matrices():
+            matrix.stay_uncompiled()
         for name in ("queries", "keys_values", "merge"):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
 

@@ -162,7 +162,10 @@ class Worker:
             for run in jobs.runs(self.db, lease.job_id)
             if run.benchmark_id == lease.benchmark_id
         ]
+        compiled_ns = engine.compile_ns
         engine.warm_up([run.policy for run in runs])
+        if engine.compile_ns > compiled_ns:
+            log.info("layers compiled", worker=self.name, seconds=round((engine.compile_ns - compiled_ns) / 1e9, 1))
         evaluation = Evaluation(
             engine=engine,
             runs=runs,

@@ -64,15 +64,26 @@ def test_ideal_by_hand() -> None:
             return 1000
 
     work = Work()
-    work.run(layers=3, tokens=1, context=50, cached=50)
-    reads = 3 * 4 * (1000 + 2 * 1 * 2 * 50)  # float32; keys and values of 50 positions
-    operations = 3 * (2 * 1000 + 4 * 2 * 2 * 50)
+    work.run(layers=3, tokens=2, context=99, cached=50)
+    reads = 3 * 4 * (1000 + 2 * 1 * 2 * 50)  # float32; keys and values of 50 positions, which two tokens share
+    operations = 3 * (2 * 1000 * 2 + 4 * 2 * 2 * 99)
     assert cost(work, Stack(), Machine(bandwidth=1e9, peak=1e15)).ideal_ns == reads
     assert cost(work, Stack(), Machine(bandwidth=1e15, peak=1e9)).ideal_ns == operations
     work.head(parameters=40, states=7)  # one piece bound by reading, one by multiplying: 4 * 40 against 2 * 40 * 7
     both = cost(work, Stack(), Machine(bandwidth=1e9, peak=1e9))
     assert both.ideal_ns == max(reads, operations) + 2 * 40 * 7
     assert both.flops == operations + 2 * 40 * 7
+
+
+def test_tokens_of_a_row_read_its_keys_together(tiny_engine: Callable[..., Engine]) -> None:
+    """Protects the ideal of debts: what several waiting tokens look at is read once, not once for each."""
+    spec = policy("fixed", exit_layer=2, kv="recompute", max_debt=2)
+    _, work, _ = _watched(tiny_engine("llama", head="tied"), spec)
+    together = [entry for entry in work.passes if entry[1] > len(PROMPTS)]
+    assert together, "nobody waited, nothing was tested"
+    assert all(cached < context for _, _, context, cached in together)
+    alone = [entry for entry in work.passes if entry[1] <= len(PROMPTS) and entry not in together]
+    assert any(cached == context for _, _, context, cached in alone)
 
 
 @pytest.mark.parametrize("kv", ["copy", "recompute"])

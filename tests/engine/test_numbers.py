@@ -12,7 +12,7 @@ from engine.engine import Engine, Prompt
 from engine.errors import NumericalError
 from engine.heads import choose
 from engine.policies import CONTINUE, EXIT, Rule, Verdict, View
-from engine.spec import policy
+from engine.spec import PolicySpec, policy
 
 PROMPTS = random_prompts(3, seed=4, shortest=5, longest=9)
 
@@ -51,6 +51,32 @@ def test_a_bad_head_is_named(tmp_path: Path, tiny_folder: Callable[[str], Path])
         _only_row(1, engine)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "spec"),
+    [
+        ("heads.2.weight", policy("confidence", threshold=0.5)),
+        ("heads.2.weight", policy("entropy", threshold=0.5)),
+        ("controller", policy("controller", exit=0.5, stop=0.5)),
+    ],
+    ids=["confidence", "entropy", "controller"],
+)
+def test_exits_of_nan_are_no_full_depth(
+    tensor: str, spec: PolicySpec, tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    """Protects against broken exits that look like a policy which never leaves: NaN exceeds no threshold."""
+    facts = facts_of(tiny_folder("llama"))
+    tensors = {
+        "heads.2.weight": torch.randn(facts.vocab_size, facts.hidden_size),
+        "controller": torch.randn(3, facts.hidden_size),
+    }
+    tensors[tensor].fill_(float("nan"))
+    folder = write_bundle(tmp_path / "bad", facts, tensors, head="untied", exit_points=(2,), controller=True)
+    engine = open_engine(tiny_folder("llama"), folder)
+    start = engine.prefill([Prompt([5, 6, 7])], 4)
+    with pytest.raises(NumericalError, match=r"after layer 2, at position 4 are not finite"):
+        engine.decode(start, spec, max_new_tokens=4, ends_with_line=False)
+
+
 def _only_row(row: int, engine: Engine) -> None:
     """Leave at layer 2 with one row only, so that the message must find it."""
     prompts = [Prompt([5, 6, 7]), Prompt([5, 6, 7, 8, 9, 10]), Prompt([9])]
@@ -69,10 +95,13 @@ class _Leaves(Rule):
         return Verdict(torch.tensor([EXIT if row == self.row else CONTINUE for row in view.rows]))
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "codegen", "gpt_bigcode", "starcoder2"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_types_run_every_policy(dtype: str, tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
+def test_narrow_types_run_every_policy(
+    dtype: str, kind: str, tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
     """Protects the types: states, heads, cache and copies stay in the model's, confidences in float32."""
-    folder = tiny_folder("llama")
+    folder = tiny_folder(kind)
     bundle = make_bundle(tmp_path / "exits", facts_of(folder), head="lens", shortlist=100)
     engine = open_engine(folder, bundle, dtype=dtype)
     start = engine.prefill(PROMPTS, 5)

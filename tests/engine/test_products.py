@@ -1,6 +1,9 @@
 """Kernels: every one multiplies alike, plans are held against what there is, threads are the engine's own."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from tiny_models import open_engine, own_cache, random_prompts
 
 from engine.engine import Engine
 from engine.errors import BadInput
-from engine.kernels import COUNTS, KERNELS, LAYOUTS, PLAIN, is_plan, layout_of, measure, place
+from engine.kernels import COUNTS, KERNELS, LAYOUTS, PLAIN, is_plan, layout_of, measure, place, without_numpy
 from engine.matrices import Matrix
 from engine.spec import policy
 
@@ -99,12 +102,19 @@ def test_compiled_layers_write_the_same(tiny_folder: Callable[[str], Path]) -> N
         assert written[0] == written[1]
 
 
+def test_numpy_is_left_out_where_torch_spins() -> None:
+    """Protects who loads torch first: no product of numpy beside threads that wait in a busy loop."""
+    plan = {"a": ["linear", *["numpy-rows"] * 7], "b": ["numpy-columns"] * 8, "c": PLAIN}
+    assert without_numpy(plan) == {"a": ["packed"] * 8, "b": ["packed"] * 8, "c": PLAIN}
+    code = "import torch; from engine.waiting import spins; print(spins)"
+    without = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for environment, expected in ((without, "True"), (without | {"OMP_WAIT_POLICY": "PASSIVE"}, "False")):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
+
+
 def test_openmp_sleeps_while_it_waits() -> None:
     """Protects a busy machine: the setting is there before torch is loaded, whoever imports the engine first."""
-    import os
-    import subprocess
-    import sys
-
     code = "import engine.engine, os; print(os.environ['OMP_WAIT_POLICY'])"
     without = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     for environment, expected in ((without, "PASSIVE"), (without | {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
