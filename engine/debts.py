@@ -56,10 +56,6 @@ class Debts(ABC):
         """The depths behind `layer` at which tokens of these rows, before these steps, wait; rising."""
         return []
 
-    def roll_back(self, row: int, step: int) -> None:
-        """The row's forward passes from `step` on never happened. Their keys are overwritten before they are seen."""
-        self.layers_run[row, step:] = 0
-
     def steps_of(self, span: Span) -> tuple[list[int], list[int]]:
         """Row and step of each token, [tokens] each."""
         rows, positions = span.flat

@@ -320,9 +320,9 @@ class Decoding:
         """The row's draft at `step` is wrong: full depth's token will stand there, and what came behind never was."""
         self.stopping.pop(row, None)
         self.drafts[row, step] *= -1
-        for column, empty in ((self.ids, -1), (self.drafts, 0), (self.exit_layers, 0), (self.decisions, 0)):
-            column[row, step + 1 :] = empty
-        self.debts.roll_back(row, step + 1)
+        # All else of the steps behind is written anew before it is read: a stop writes no id, a full token no draft.
+        self.ids[row, step + 1 :] = -1
+        self.drafts[row, step + 1 :] = 0
         self.at[row] = step
 
     def _write(self, rows: list[int], choice: Choice, layer: int, decision: Decision) -> None:

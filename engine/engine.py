@@ -254,10 +254,7 @@ class Engine:
         _ = self.kernels, self.machine  # measured outside the clock
         with Stopwatch(self.device) as watch:
             for batch in (prompts, prompts[:1]):
-                try:
-                    prefilled = self.prefill(batch, 4)
-                except (NumericalError, OutOfMemory):
-                    continue
+                prefilled = self.prefill(batch, 4)
                 for policy in cold:
                     # What fails on these tokens may do on others; what fails on all is told where a sample ends.
                     with suppress(NumericalError, OutOfMemory):
