@@ -106,6 +106,7 @@ def test_with_stops_they_are_a_prefix(
     for one, other in zip(done, full, strict=True):
         assert one.token_ids == other.token_ids[: one.n_tokens]
         assert one.stopped or one.finish == other.finish
+        assert not one.stopped or one.records.token_ids[-1] == -1, "a stop has no token, also where a draft was undone"
         STOPS[one.finish] += one.records.drafts.any()
 
 
