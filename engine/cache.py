@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from engine import native
+
 
 @dataclass(frozen=True)
 class Span:
@@ -84,6 +86,8 @@ class KeyValues:
 
         index: row and position of each token, [tokens] each.
         """
+        if native.fits(self.keys):
+            return lambda layer, keys, values: native.store(self.keys[layer], self.values[layer], *index, keys, values)
         if len(span.rows) > 1:
 
             def scatter(layer: int, keys: Tensor, values: Tensor) -> None:

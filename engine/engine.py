@@ -11,7 +11,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from engine import matrices
+from engine import matrices, native
 from engine.architectures import build_stack, check_family
 from engine.cost import Machine, cost
 from engine.decode import Decoding, Ends, Prefill, prefill
@@ -161,6 +161,7 @@ class Engine:
         """Threads belong to the process: another engine, or the caller, may have set them since."""
         if self._threads_changed or torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
+            native.use_threads(self.threads)
             threadpool_limits(self.threads, user_api="blas")  # numpy multiplies too, see `engine.kernels`
             self._threads_changed = False
 

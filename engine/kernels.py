@@ -6,6 +6,7 @@ wrong changes with the number of tokens, the shape and the processor: `docs/deci
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,25 +14,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine import native
+
 #: states [tokens, inputs] → [tokens, outputs]
 Product = Callable[[Tensor], Tensor]
 #: weight in the kernel's layout and bias [outputs] or None → their product
 Kernel = Callable[[Tensor, Tensor | None], Product]
 
 #: part of a plan's name: another set of counts or kernels makes plans that were kept before worthless
-VERSION = 2
+VERSION = 3
 #: counts of tokens that are measured; a count in between is served as the next one, a larger one as the last
-COUNTS = (1, 2, 4, 8, 16, 32, 64, 256)
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 #: a smaller matrix lives in the processor's cache, where the choice means nothing
 _SMALL = 2**18
 #: more than caches hold, so that weights come from memory as they do in a decode step
 _COLD_BYTES = 2**26
 _CALLS = 12
+#: from so many tokens on arithmetic decides, not memory, and a product takes long: a few calls say enough
+_MANY = 256
+#: outputs that only an unembedding has, which never meets so many tokens
+_OUTPUTS = 2**14
 
 
 def place(tokens: int) -> int:
     """Where in a plan the kernel for so many tokens stands."""
-    return min((tokens - 1).bit_length(), len(COUNTS) - 1)
+    return min(bisect_left(COUNTS, tokens), len(COUNTS) - 1)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -64,6 +71,14 @@ def packed(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda states: torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
+def dots(weight: Tensor, bias: Tensor | None) -> Product:
+    """Sums for two outputs of four tokens at a time, in a loop of our own: for a few tokens."""
+    array = _array(weight)
+    if not native.usable():
+        raise RuntimeError("numba finds no threads here")
+    return _biased(lambda states: native.multiply(array, states), bias)
+
+
 def _array(weight: Tensor) -> np.ndarray:
     if weight.dtype != torch.float32:
         raise TypeError("numpy multiplies narrow types one number at a time: a thousand times slower")
@@ -80,10 +95,11 @@ KERNELS: dict[str, Kernel] = {
     "numpy-columns": numpy_columns,
     "numpy-rows": numpy_rows,
     "packed": packed,
+    "dots": dots,
 }
 #: how the weights lie in memory: a matrix is kept in one layout, and uses that layout's kernels
 LAYOUTS: dict[str, tuple[str, ...]] = {
-    "dense": ("linear", "columns", "numpy-columns"),
+    "dense": ("linear", "columns", "numpy-columns", "dots"),
     "transposed": ("numpy-rows",),
     "packed": ("packed",),
 }
@@ -151,7 +167,9 @@ def _seconds(name: str, weights: Sequence[Tensor]) -> list[float]:
     """Time of one product for each of `COUNTS`; infinite where this build, or this type, does not have the kernel."""
     try:
         products = [KERNELS[name](laid_out(weight, layout_of(name)), None) for weight in weights]
-        return [_typical(products, weights[0], count) for count in COUNTS]
+        counts = [count for count in COUNTS if count <= _MANY or len(weights[0]) < _OUTPUTS]
+        found = [_typical(products, weights[0], count) for count in counts]
+        return found + found[-1:] * (len(COUNTS) - len(counts))
     except (RuntimeError, AttributeError, TypeError):
         return [math.inf] * len(COUNTS)
 
@@ -163,10 +181,11 @@ def _typical(products: Sequence[Product], weight: Tensor, count: int) -> float:
     of all is the one whose weights the cache still had.
     """
     states = torch.ones(count, weight.shape[1], dtype=weight.dtype)
-    products = products if count < COUNTS[-2] else products[:3]  # by then arithmetic decides, and that takes long
+    calls = _CALLS if count < _MANY else 3
+    products = products[:calls]
     products[0](states)
     times = []
-    for product in [*products] * max(1, math.ceil(_CALLS / len(products))):
+    for product in [*products] * math.ceil(calls / len(products)):
         begin = time.perf_counter()
         product(states)
         times.append(time.perf_counter() - begin)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.attention import PromptAttention, StepAttention
+from engine import native
+from engine.attention import NativeAttention, PromptAttention, StepAttention
 from engine.cache import KeyValues, Span
 from engine.matrices import Matrix
 
@@ -130,4 +131,6 @@ class LayerStack(ABC):
 
     def _attention(self, span: Span, cache: KeyValues) -> Callable[[int, Tensor], Tensor]:
         """Attention over the span's rows: a function of layer and queries, so that masks are made once a span."""
-        return StepAttention(self, span, cache) if max(span.counts) <= _FEW else PromptAttention(self, span, cache)
+        if max(span.counts) > _FEW:
+            return PromptAttention(self, span, cache)
+        return (NativeAttention if native.fits(cache.keys) else StepAttention)(self, span, cache)

@@ -2,28 +2,52 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import native
 from engine.matrices import Matrix
 from engine.stack import LayerStack
 
-Norm = Callable[[Tensor], Tensor]
+
+class Norm:
+    """What stands in front of each half of a layer. Called with states [tokens, hidden]."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
+        self._norm = norm
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return self._norm(states)
+
+    def of_sum(self, states: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum, and its norm."""
+        states = states + added
+        return states, self(states)
 
 
-def rms_norm(module: Any, epsilon: float) -> Norm:
+class RMSNorm(Norm):
     """The fused equal of a Hugging Face RMSNorm."""
-    return partial(F.rms_norm, normalized_shape=tuple(module.weight.shape), weight=module.weight, eps=epsilon)
+
+    def __init__(self, module: Any, epsilon: float) -> None:
+        self.weight, self.epsilon, self.shape = module.weight.detach(), epsilon, tuple(module.weight.shape)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        if native.fits(states):
+            return native.rms_norm(states, self.weight, self.epsilon)
+        return F.rms_norm(states, self.shape, self.weight, self.epsilon)
+
+    def of_sum(self, states: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        if native.fits(states):
+            return native.add_rms_norm(states, added, self.weight, self.epsilon)
+        return super().of_sum(states, added)
 
 
 def layer_norm(module: nn.LayerNorm) -> Norm:
     """The norm without the module around it."""
-    return partial(
-        F.layer_norm, normalized_shape=module.normalized_shape, weight=module.weight, bias=module.bias, eps=module.eps
-    )
+    shape, weight, bias, epsilon = module.normalized_shape, module.weight, module.bias, module.eps
+    return Norm(lambda states: F.layer_norm(states, shape, weight, bias, epsilon))
 
 
 @dataclass
@@ -87,8 +111,8 @@ class PreNormStack(LayerStack):
 
     def merge(self, layer: int, states: Tensor, attended: Tensor) -> Tensor:
         weights = self.layers[layer]
-        states = states + weights.output(attended)
-        return states + weights.down(self.activation(weights.up(weights.mlp_norm(states))))
+        states, normed = weights.mlp_norm.of_sum(states, weights.output(attended))
+        return states + weights.down(self.activation(weights.up(normed)))
 
     def norm(self, states: Tensor) -> Tensor:
         return self.final_norm(states)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine import native
 from engine.architectures.prenorm import PreNormStack
 
 #: cosines and signed sines, [context, 1, head size] each
@@ -50,6 +51,8 @@ def pairs_table(sines_cosines: Tensor, head_size: int) -> Table:
 def rotate_halves(heads: Tensor, place: Table) -> Tensor:
     """Heads [tokens, heads, head size] turned by rows of the table, [tokens, 1, head size] each."""
     cos, sin = place
+    if native.fits(heads):
+        return native.rotate_halves(heads, cos, sin)
     return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
 
 

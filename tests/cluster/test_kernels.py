@@ -11,6 +11,7 @@ from db import devices, queue
 from db import jobs as record
 from db.session import Database
 from engine.engine import Engine
+from engine.kernels import COUNTS
 from workers.pinned import Pinned
 from workers.worker import EngineShelf
 
@@ -24,10 +25,10 @@ def test_a_worker_takes_the_plan_that_the_record_has(
     pinned = Pinned.model_validate(record.job(db, 1).pinned)
     shapes = Engine(pinned.model, world.exits, device="cpu", threads=1).matrix_shapes
     for device_class, kernel in [("another", "packed"), (pinned.device_class, "columns")]:
-        devices.kernel_plan(db, device_class, shapes, lambda _, k=kernel: dict.fromkeys(shapes, [k] * 8))
+        devices.kernel_plan(db, device_class, shapes, lambda _, k=kernel: dict.fromkeys(shapes, [k] * len(COUNTS)))
     monkeypatch.setattr(Engine, "measure_kernels", lambda *_: pytest.fail("measured again"))
     engine = EngineShelf(db, tmp_path).take(pinned)
-    assert engine.kernels == dict.fromkeys(shapes, ["columns"] * 8)
+    assert engine.kernels == dict.fromkeys(shapes, ["columns"] * len(COUNTS))
 
 
 def test_a_report_has_the_kernels_and_drafts_of_its_workers(world: World, db: Database) -> None:

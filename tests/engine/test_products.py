@@ -41,7 +41,17 @@ def test_a_kernel_multiplies(name: str, biased: bool) -> None:
 
 def test_counts_between_are_served_by_the_next() -> None:
     """Protects the plan's order: 3 tokens take the kernel that was measured for 4, 10,000 the last."""
-    assert [COUNTS[place(tokens)] for tokens in (1, 2, 3, 4, 5, 64, 65, 10_000)] == [1, 2, 4, 4, 8, 64, 256, 256]
+    assert [COUNTS[place(tokens)] for tokens in (1, 2, 3, 4, 5, 64, 65, 257, 10_000)] == [
+        1,
+        2,
+        4,
+        4,
+        8,
+        64,
+        256,
+        1024,
+        1024,
+    ]
 
 
 def test_a_measured_plan_keeps_weights_once() -> None:
@@ -105,20 +115,25 @@ def test_compiled_layers_write_the_same(tiny_folder: Callable[[str], Path]) -> N
 
 def test_numpy_is_left_out_where_torch_spins() -> None:
     """Protects who loads torch first: no product of numpy beside threads that wait in a busy loop."""
-    plan = {"a": ["linear", *["numpy-rows"] * 7], "b": ["numpy-columns"] * 8, "c": PLAIN}
-    assert without_numpy(plan) == {"a": ["packed"] * 8, "b": ["packed"] * 8, "c": PLAIN}
+    plan = {"a": ["linear", *["numpy-rows"] * 8], "b": ["numpy-columns"] * 9, "c": PLAIN}
+    assert without_numpy(plan) == {"a": ["packed"] * 9, "b": ["packed"] * 9, "c": PLAIN}
     code = "import torch; from engine.waiting import spins; print(spins)"
-    without = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    without = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     for environment, expected in ((without, "True"), (without | {"OMP_WAIT_POLICY": "PASSIVE"}, "False")):
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected
 
 
 def test_openmp_sleeps_while_it_waits() -> None:
-    """Protects a busy machine: the setting is there before torch is loaded, whoever imports the engine first."""
-    code = "import engine.engine, os; print(os.environ['OMP_WAIT_POLICY'])"
-    without = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    for environment, expected in ((without, "PASSIVE"), (without | {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+    """Protects a busy machine: the settings are there before torch is loaded, whoever imports the engine first."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OPENBLAS_THREAD_TIMEOUT")
+    code = f"import engine.engine, os; print(*(os.environ.get(name) for name in {names}))"
+    without = {name: value for name, value in os.environ.items() if name not in names}
+    for environment, expected in (
+        (without, "PASSIVE 3000 16"),
+        (without | {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None 16"),
+        (without | {"OPENBLAS_THREAD_TIMEOUT": "26"}, "PASSIVE 3000 26"),
+    ):
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected
 

@@ -1,0 +1,456 @@
+"""What a CPU does between and beside the large products, in loops that numba compiles for it.
+
+PyTorch's operators are made for tensors: around one token each costs microseconds, some start threads for it, and a
+norm is six of them. Here a norm, a rotation, a write to the cache and the attention of all rows are one loop each,
+over float32 arrays. What was measured stands in `docs/decisions/kernels.md`.
+
+Sums are reordered for the vector unit, so results differ from PyTorch's in the last bits, as two libraries' do.
+"""
+
+from functools import cache
+from typing import Any
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+from numba import float32, int64, prange, void
+from torch import Tensor, device, empty
+from torch import float32 as float_
+from torch.compiler import is_compiling
+
+Floats = npt.NDArray[np.float32]
+
+# OpenMP or TBB: the third one that numba brings ends the process when two threads call it at once.
+nb.config.THREADING_LAYER = "threadsafe"
+
+#: sums in any order and fused multiply-add; infinities and NaN stay what they are
+_FAST = {"reassoc", "contract", "nsz", "arcp"}
+_row = float32[::1]
+_table = float32[:, ::1]
+_cube = float32[:, :, ::1]
+_cache = float32[:, :, :, ::1]
+_strided = nb.types.Array(float32, 3, "A")
+_places = int64[::1]
+_hidden = int64[:, ::1]
+_hidden_row = int64[::1]
+
+_CPU = device("cpu")
+
+#: a span's rows, the position of each one's first token in hand, and how many it has, [rows] each
+Tokens = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
+def _loop(signature: object, parallel: bool = False) -> Any:
+    """Compiled when this module is first imported on a machine, and kept in numba's cache."""
+    return nb.njit(signature, fastmath=_FAST, nogil=True, cache=True, error_model="numpy", parallel=parallel)
+
+
+@cache
+def usable() -> bool:
+    """Whether numba finds threads that any thread may use: on Linux OpenMP, where libgomp is installed."""
+    try:
+        _multiply(*np.ones((3, 1, 1), np.float32), 1)
+    except ValueError:
+        return False
+    return True
+
+
+def use_threads(threads: int) -> None:
+    """For loops that the calling thread starts from now on."""
+    if usable():
+        nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
+
+
+def fits(tensor: Tensor) -> bool:
+    """Whether these loops are made for such tensors. Gradients, and code that `torch.compile` reads, are PyTorch's."""
+    plain = tensor.dtype is float_ and tensor.device == _CPU and not tensor.requires_grad
+    return plain and not is_compiling() and usable()
+
+
+# --- states ----------------------------------------------------------------------------------------------------------
+
+
+@_loop(void(_table, _row, float32, _table))
+def _rms_norm(states: Floats, weight: Floats, epsilon: float, out: Floats) -> None:
+    width = states.shape[1]
+    for token in range(states.shape[0]):
+        state, normed = states[token], out[token]
+        total = np.float32(0)
+        for i in range(width):
+            total += state[i] * state[i]
+        scale = np.float32(1) / np.sqrt(total / np.float32(width) + epsilon)
+        for i in range(width):
+            normed[i] = state[i] * scale * weight[i]
+
+
+def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """X / sqrt(mean(x²) + epsilon) · weight for each of [tokens, hidden] (Zhang and Sennrich 2019)."""
+    out = empty(states.shape)
+    _rms_norm(states.contiguous().numpy(), weight.numpy(), epsilon, out.numpy())
+    return out
+
+
+@_loop(void(_table, _table, _row, float32, _table, _table))
+def _add_rms_norm(states: Floats, added: Floats, weight: Floats, epsilon: float, sums: Floats, out: Floats) -> None:
+    width = states.shape[1]
+    for token in range(states.shape[0]):
+        state, more, both, normed = states[token], added[token], sums[token], out[token]
+        total = np.float32(0)
+        for i in range(width):
+            value = state[i] + more[i]
+            both[i] = value
+            total += value * value
+        scale = np.float32(1) / np.sqrt(total / np.float32(width) + epsilon)
+        for i in range(width):
+            normed[i] = both[i] * scale * weight[i]
+
+
+def add_rms_norm(states: Tensor, added: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The sum of two [tokens, hidden], and its norm."""
+    sums, out = empty(states.shape), empty(states.shape)
+    _add_rms_norm(
+        states.contiguous().numpy(), added.contiguous().numpy(), weight.numpy(), epsilon, sums.numpy(), out.numpy()
+    )
+    return sums, out
+
+
+@nb.njit(float32(float32), fastmath={"contract"}, nogil=True, cache=True)
+def _exp(x: np.float32) -> np.float32:
+    """E to a power of 0 or less (below -87: as -87), to a unit in the last place or two, in steps that vectors have.
+
+    Cody and Waite's reduction to [-ln 2 / 2, ln 2 / 2], then the polynomial of the Cephes library (Moshier 1992).
+    """
+    x = np.float32(-87.0) if x < np.float32(-87.0) else x  # not `max`, which forgets a NaN
+    # Adding 1.5 · 2²³ rounds to a whole number and leaves it in the lowest bits: sums must not be reordered here.
+    shifted = np.float32(x * np.float32(1.44269504) + np.float32(12582912.0))
+    n = shifted - np.float32(12582912.0)
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    power = np.int32(np.int32(shifted.view(np.int32) << 23) + np.int32(1065353216))  # 2ⁿ
+    return p * power.view(np.float32)
+
+
+@_loop(void(_table, _table))
+def _gate_silu(gate_up: Floats, out: Floats) -> None:
+    width = out.shape[1]
+    for token in range(out.shape[0]):
+        both, gated = gate_up[token], out[token]
+        for i in range(width):
+            x = both[i]
+            small = _exp(-abs(x))
+            sigmoid = np.float32(1) / (np.float32(1) + small)
+            if x < 0:
+                sigmoid *= small
+            gated[i] = x * sigmoid * both[width + i]
+
+
+def gate_silu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up (SwiGLU, Shazeer 2020), of both side by side: [tokens, 2 * width] to [tokens, width]."""
+    out = empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    _gate_silu(gate_up.contiguous().numpy(), out.numpy())
+    return out
+
+
+@_loop(void(_strided, _cube, _cube))
+def _rotate_halves(heads: Floats, cos: Floats, sin: Floats) -> None:
+    half = heads.shape[2] // 2
+    for token in range(heads.shape[0]):
+        c, s = cos[token, 0], sin[token, 0]
+        for head in range(heads.shape[1]):
+            for i in range(half):
+                first, second = heads[token, head, i], heads[token, head, half + i]
+                heads[token, head, i] = first * c[i] + second * s[i]
+                heads[token, head, half + i] = second * c[half + i] + first * s[half + i]
+
+
+def rotate_halves(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """X cos + (x with its halves exchanged) sin, in place: [tokens, heads, head size], [tokens, 1, head size] twice."""
+    _rotate_halves(heads.numpy(), cos.numpy(), sin.numpy())
+    return heads
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+@_loop(void(_cache, _cache, _places, _places, _strided, _strided))
+def _store(
+    keys: Floats, values: Floats, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], k: Floats, v: Floats
+) -> None:
+    for token in range(len(rows)):
+        row, position = rows[token], positions[token]
+        for head in range(k.shape[1]):
+            for i in range(k.shape[2]):
+                keys[row, head, position, i] = k[token, head, i]
+                values[row, head, position, i] = v[token, head, i]
+
+
+def store(keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
+    """Keys and values of tokens, [tokens, kv heads, size], to their places in [rows, kv heads, positions, size]."""
+    _store(keys.numpy(), values.numpy(), rows.numpy(), positions.numpy(), k.numpy(), v.numpy())
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@nb.njit(inline="always")
+def _score(query: Floats, keys: Floats, begin: int, end: int, scores: Floats) -> None:
+    """The query times each of a head's keys, four at a time so that it is read once for them."""
+    in_fours = end - (end - begin) % 4
+    for j in range(begin, in_fours, 4):
+        a = b = c = d = np.float32(0)
+        for i in range(len(query)):
+            a += query[i] * keys[j, i]
+            b += query[i] * keys[j + 1, i]
+            c += query[i] * keys[j + 2, i]
+            d += query[i] * keys[j + 3, i]
+        scores[j], scores[j + 1], scores[j + 2], scores[j + 3] = a, b, c, d
+    for j in range(in_fours, end):
+        a = np.float32(0)
+        for i in range(len(query)):
+            a += query[i] * keys[j, i]
+        scores[j] = a
+
+
+@nb.njit(inline="always")
+def _exp_scores(scores: Floats, begin: int, end: int) -> np.float32:
+    """Scores to weights that are not yet divided by their sum, which is given back."""
+    highest = np.float32(-np.inf)
+    for j in range(begin, end):
+        highest = max(highest, scores[j])
+    for j in range(begin, end):
+        scores[j] = _exp(scores[j] - highest)
+    total = np.float32(0)
+    for j in range(begin, end):
+        total += scores[j]
+    return total
+
+
+@nb.njit(inline="always")
+def _mix(weights: Floats, values: Floats, begin: int, end: int, mixed: Floats) -> None:
+    """The weighted sum of a head's values."""
+    in_fours = end - (end - begin) % 4
+    mixed[:] = np.float32(0)
+    for j in range(begin, in_fours, 4):
+        a, b, c, d = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
+        for i in range(len(mixed)):
+            mixed[i] += a * values[j, i] + b * values[j + 1, i] + c * values[j + 2, i] + d * values[j + 3, i]
+    for j in range(in_fours, end):
+        for i in range(len(mixed)):
+            mixed[i] += weights[j] * values[j, i]
+
+
+@_loop(void(_strided, _table, _table, int64, int64, int64, int64, int64, _hidden_row, int64, float32, _cube))
+def _attend_head(
+    q: Floats,
+    keys: Floats,
+    values: Floats,
+    head: int,
+    first: int,
+    start: int,
+    count: int,
+    window: int,
+    visible: npt.NDArray[np.int64],
+    layer: int,
+    scale: float,
+    out: Floats,
+) -> None:
+    """One head of a row's tokens, from the flat place `first` on, over that row's keys and values of it."""
+    size = keys.shape[1]
+    query, mixed = np.empty(size, np.float32), np.empty(size, np.float32)
+    scores = np.empty(start + count, np.float32)
+    for nth in range(count):
+        token, end = first + nth, start + nth + 1
+        begin = max(0, end - window) if window else 0
+        for i in range(size):
+            query[i] = q[token, head, i] * scale
+        _score(query, keys, begin, end, scores)
+        for j in range(begin, min(end, len(visible))):
+            if visible[j] <= layer:
+                scores[j] = -np.inf
+        total = _exp_scores(scores, begin, end)
+        _mix(scores, values, begin, end, mixed)
+        for i in range(size):
+            out[token, head, i] = mixed[i] / total
+
+
+_ATTENTION = void(_strided, _cache, _cache, _places, _places, _places, int64, _hidden, int64, float32, _cube)
+
+
+@_loop(_ATTENTION)
+def _attend_alone(
+    q: Floats,
+    keys: Floats,
+    values: Floats,
+    rows: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.int64],
+    window: int,
+    visible: npt.NDArray[np.int64],
+    layer: int,
+    scale: float,
+    out: Floats,
+) -> None:
+    heads, group, first = q.shape[1], q.shape[1] // keys.shape[1], 0
+    for place in range(len(rows)):
+        row, start, count = rows[place], starts[place], counts[place]
+        seen = visible[row if visible.shape[0] > 1 else 0]
+        for head in range(heads):
+            kv = head // group
+            _attend_head(q, keys[row, kv], values[row, kv], head, first, start, count, window, seen, layer, scale, out)
+        first += count
+
+
+@_loop(_ATTENTION, parallel=True)
+def _attend_together(
+    q: Floats,
+    keys: Floats,
+    values: Floats,
+    rows: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.int64],
+    window: int,
+    visible: npt.NDArray[np.int64],
+    layer: int,
+    scale: float,
+    out: Floats,
+) -> None:
+    heads, group = q.shape[1], q.shape[1] // keys.shape[1]
+    firsts = np.cumsum(counts) - counts
+    # Not a function of both: numba's cache would take the one for the other.
+    for task in prange(len(rows) * heads):
+        place, head = task // heads, task % heads
+        row, kv = rows[place], head // group
+        seen = visible[row if visible.shape[0] > 1 else 0]
+        _attend_head(
+            q,
+            keys[row, kv],
+            values[row, kv],
+            head,
+            firsts[place],
+            starts[place],
+            counts[place],
+            window,
+            seen,
+            layer,
+            scale,
+            out,
+        )
+
+
+#: keys that are looked at, over all rows: fewer, and waking the other threads takes longer than they save
+_WORTH_WAKING = 1000
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tokens: Tokens,
+    *,
+    window: int | None,
+    visible: npt.NDArray[np.int64],
+    layer: int,
+    scale: float,
+) -> Tensor:
+    """Attention of `tokens`, each over its row's positions up to its own: [tokens, heads * head size].
+
+    q: [tokens, heads, head size]; keys and values: a layer's, [rows, kv heads, positions, head size]. visible: see
+    `KeyValues.visible`, or [1, 0] where all is seen. A position that is hidden has no weight.
+    """
+    out = empty(q.shape)
+    rows, starts, counts = tokens
+    loop = _attend_together if starts.sum() + counts.sum() > _WORTH_WAKING else _attend_alone
+    loop(
+        q.numpy(),
+        keys.numpy(),
+        values.numpy(),
+        rows,
+        starts,
+        counts,
+        window or 0,
+        visible,
+        layer,
+        scale,
+        out.numpy(),
+    )
+    return out.flatten(1)
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+@nb.njit(void(_table, _table, _table, int64, int64), fastmath=_FAST, nogil=True, cache=True)
+def _some_outputs(weight: Floats, states: Floats, out: Floats, first: int, end: int) -> None:
+    """Two outputs of four tokens at a time: eight sums fill the vector registers, and weights are read once."""
+    tokens, inputs = states.shape
+    in_fours = tokens - tokens % 4
+    for j in range(first, end - 1, 2):
+        w0, w1 = weight[j], weight[j + 1]
+        for t in range(0, in_fours, 4):
+            x0, x1, x2, x3 = states[t], states[t + 1], states[t + 2], states[t + 3]
+            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
+            for i in range(inputs):
+                y0, y1, y2, y3 = x0[i], x1[i], x2[i], x3[i]
+                w = w0[i]
+                a0 += w * y0
+                a1 += w * y1
+                a2 += w * y2
+                a3 += w * y3
+                w = w1[i]
+                b0 += w * y0
+                b1 += w * y1
+                b2 += w * y2
+                b3 += w * y3
+            out[t, j], out[t + 1, j], out[t + 2, j], out[t + 3, j] = a0, a1, a2, a3
+            out[t, j + 1], out[t + 1, j + 1], out[t + 2, j + 1], out[t + 3, j + 1] = b0, b1, b2, b3
+        t = in_fours
+        if tokens - t >= 2:
+            x0, x1 = states[t], states[t + 1]
+            a0 = a1 = b0 = b1 = np.float32(0)
+            for i in range(inputs):
+                y0, y1 = x0[i], x1[i]
+                w = w0[i]
+                a0 += w * y0
+                a1 += w * y1
+                w = w1[i]
+                b0 += w * y0
+                b1 += w * y1
+            out[t, j], out[t + 1, j], out[t, j + 1], out[t + 1, j + 1] = a0, a1, b0, b1
+            t += 2
+        if t < tokens:
+            x0 = states[t]
+            a0 = b0 = np.float32(0)
+            for i in range(inputs):
+                a0 += w0[i] * x0[i]
+                b0 += w1[i] * x0[i]
+            out[t, j], out[t, j + 1] = a0, b0
+    if (end - first) % 2:
+        w0 = weight[end - 1]
+        for t in range(tokens):
+            x0 = states[t]
+            a0 = np.float32(0)
+            for i in range(inputs):
+                a0 += w0[i] * x0[i]
+            out[t, end - 1] = a0
+
+
+@_loop(void(_table, _table, _table, int64), parallel=True)
+def _multiply(weight: Floats, states: Floats, out: Floats, parts: int) -> None:
+    outputs = weight.shape[0]
+    share = (outputs + parts - 1) // parts
+    share += share % 2
+    for part in prange(parts):
+        _some_outputs(weight, states, out, part * share, min(outputs, (part + 1) * share))
+
+
+def multiply(weight: Floats, states: Tensor) -> Tensor:
+    """Weights [outputs, inputs] times states [tokens, inputs], for a few tokens: [tokens, outputs]."""
+    out = empty(len(states), len(weight))
+    _multiply(weight, states.contiguous().numpy(), out.numpy(), nb.get_num_threads())
+    return out

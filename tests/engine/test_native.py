@@ -1,0 +1,128 @@
+"""The CPU's own loops: each against PyTorch on shapes that fill no vector, and an engine without them."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import random_prompts
+from torch import Tensor
+
+from engine import native
+from engine.attention import StepAttention
+from engine.engine import Engine
+from engine.spec import PolicySpec, policy
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("width", [1, 7, 48, 577])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_norms_gates_and_rotations_are_pytorchs(tokens: int, width: int) -> None:
+    """Protects what stands between the products, also where vectors are not full and tensors are parts of others."""
+    states, added, weight = _random(tokens, width), _random(tokens, 2 * width, seed=1)[:, ::2], _random(width, seed=2)
+    expected = F.rms_norm(states + added, (width,), weight, 1e-5)
+    sums, normed = native.add_rms_norm(states, added, weight, 1e-5)
+    torch.testing.assert_close(sums, states + added)
+    torch.testing.assert_close(normed, expected)
+    torch.testing.assert_close(native.rms_norm(sums, weight, 1e-5), expected)
+    both = 30 * _random(tokens, 2 * width, seed=3)
+    torch.testing.assert_close(native.gate_silu(both), F.silu(both[:, :width]) * both[:, width:])
+    heads, cos, sin = _random(tokens, 5, 2 * width, seed=4)[:, 1:4], *_random(2, tokens, 1, 2 * width, seed=5)
+    expected = heads * cos + heads.roll(width, -1) * sin
+    torch.testing.assert_close(native.rotate_halves(heads, cos, sin), expected)
+
+
+@pytest.mark.parametrize("tokens", range(1, 10))
+def test_products_of_any_number_of_tokens(tokens: int) -> None:
+    """Protects the remainders: tokens that fill no four, outputs that fill no pair."""
+    for outputs, inputs in ((1, 1), (2, 9), (35, 64)):
+        weight, states = _random(outputs, inputs), _random(tokens, inputs, seed=1)
+        torch.testing.assert_close(native.multiply(weight.numpy(), states), F.linear(states, weight))
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("hides", [False, True])
+def test_attention_of_ragged_rows(
+    monkeypatch: pytest.MonkeyPatch, together: bool, window: int | None, hides: bool
+) -> None:
+    """Protects attention over rows of any length and number of tokens, by each of its two loops."""
+    monkeypatch.setattr(native, "_WORTH_WAKING", 0 if together else 10**9)
+    keys, values, q = _random(3, 2, 20, 10), _random(3, 2, 20, 10, seed=1), _random(6, 6, 10, seed=2)
+    rows, starts, counts = np.array([2, 0]), np.array([13, 0]), np.array([2, 4])
+    visible = torch.full((3, 20), 9)
+    visible[2, ::3], visible[0, 1] = 4, 3
+    out = native.attend(
+        q,
+        keys,
+        values,
+        (rows, starts, counts),
+        window=window,
+        visible=visible.numpy() if hides else np.zeros((1, 0), np.int64),
+        layer=4,
+        scale=0.3,
+    ).view(6, 6, 10)
+    places = [(row, start + n) for row, start, count in zip(rows, starts, counts, strict=True) for n in range(count)]
+    for token, (row, place) in enumerate(places):
+        seen = torch.arange(20) <= place
+        if window is not None:
+            seen &= torch.arange(20) > place - window
+        if hides:
+            seen &= visible[row] > 4
+        for head in range(6):
+            scores = (0.3 * keys[row, head // 3] @ q[token, head]).masked_fill(~seen, -torch.inf)
+            expected = scores.softmax(0).nan_to_num() @ values[row, head // 3] if seen.any() else None
+            if expected is not None:
+                torch.testing.assert_close(out[token, head], expected)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(number: float) -> None:
+    """Protects the error of a sample whose numbers have gone: no loop turns them into others."""
+    states, weight = _random(2, 9), torch.ones(9)
+    states[1, 3] = number
+    assert native.rms_norm(states, weight, 1e-5)[1].isnan().any()
+    assert not native.multiply(_random(4, 9).numpy(), states)[1].isfinite().any()
+    assert not native.gate_silu(_random(1, 8).index_fill(1, torch.tensor([2]), number)).isfinite().all()
+    keys = _random(1, 1, 4, 8)
+    keys[0, 0, 1, 1] = number
+    tokens = np.zeros(1, np.int64), np.array([3]), np.ones(1, np.int64)
+    out = native.attend(
+        _random(1, 1, 8), keys, keys, tokens, window=None, visible=np.zeros((1, 0), np.int64), layer=0, scale=1.0
+    )
+    assert not out.isfinite().all()
+
+
+POLICIES = [
+    policy("full"),
+    policy("fixed", exit_layer=2, kv="recompute", max_debt=3),
+    policy("fixed", exit_layer=2, kv="mask"),
+    policy("confidence", threshold=0.02, kv="recompute", verify=True),
+]
+
+
+@pytest.mark.parametrize("spec", POLICIES, ids=lambda spec: f"{spec.kind} {spec.kv}")
+@pytest.mark.parametrize("kind", ["llama", "qwen2 window in every other layer"])
+def test_an_engine_without_them_writes_the_same(
+    tiny_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kind: str, spec: PolicySpec
+) -> None:
+    """Protects machines where numba finds no threads, narrow types and GPUs: PyTorch's way is the same way."""
+    engine = tiny_engine(kind, head="tied")
+
+    def tokens() -> list[list[int]]:
+        start = engine.prefill(random_prompts(5, seed=4), 12)
+        done = engine.decode(start, spec, max_new_tokens=12, ends_with_line=False)
+        return [completion.token_ids for completion in done.completions]
+
+    ours = tokens()
+    steps = []
+    monkeypatch.setattr(native, "usable", lambda: False)
+    monkeypatch.setattr(
+        StepAttention, "_flat", lambda self, mixed, flat=StepAttention._flat: steps.append(1) or flat(self, mixed)
+    )
+    assert tokens() == ours
+    assert steps
