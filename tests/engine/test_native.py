@@ -92,7 +92,14 @@ def test_what_is_no_number_stays_none(number: float) -> None:
     keys[0, 0, 1, 1] = number
     tokens = np.zeros(1, np.int64), np.array([3]), np.ones(1, np.int64)
     out = native.attend(
-        _random(1, 1, 8), keys, keys, tokens, window=None, visible=np.zeros((1, 0), np.int64), layer=0, scale=1.0
+        _random(1, 1, 8),
+        keys,
+        _random(1, 1, 4, 8),
+        tokens,
+        window=None,
+        visible=np.zeros((1, 0), np.int64),
+        layer=0,
+        scale=1.0,
     )
     assert not out.isfinite().all()
 
