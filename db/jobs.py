@@ -158,4 +158,5 @@ def benchmark(db: Database, benchmark_id: int) -> BenchmarkRow:
 
 
 def _job(row: Row[Any]) -> JobRow:
-    return JobRow(**row._asdict() | {"state": JobState(row.state)})
+    fields = {name: getattr(row, name) for name in JobRow.__dataclass_fields__}
+    return JobRow(**fields | {"state": JobState(row.state)})

@@ -157,6 +157,8 @@ class JobRow:
     created_at: float
     started_at: float | None  #: when the first shard was claimed
     finished_at: float | None
+    principal: str  #: who asked for it
+    paused: bool  #: none of its tasks is claimed while it is
 
 
 @dataclass(frozen=True)

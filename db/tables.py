@@ -23,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -62,6 +63,27 @@ job = Table(
     Column("created_at", Double, nullable=False),
     Column("started_at", Double),
     Column("finished_at", Double),
+    # who asked for it, and under which key: the same key again is the same job
+    Column("principal", Text, nullable=False, server_default="local"),
+    Column("idempotency_key", Text),
+    Column("body_hash", Text),
+    Column("paused", Boolean, nullable=False, server_default=false()),
+    Index("uq_job_principal", "principal", "idempotency_key", unique=True),
+)
+_OPEN = job.c.state.in_(["preparing", "ready", "running"])
+Index("ix_job_open", job.c.priority.desc(), job.c.id, sqlite_where=_OPEN, postgresql_where=_OPEN)
+
+#: who did what to a job, and when: written once (triggers), and gone only after the job is
+job_event = Table(
+    "job_event",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("job_id", Id, nullable=False),
+    Column("at", Double, nullable=False),
+    Column("who", Text, nullable=False),
+    Column("what", Text, nullable=False),
+    Column("detail", JSON, nullable=False),
+    Index("ix_job_event_job_id", "job_id", "id"),
 )
 
 #: content: written once per hash, shared by every job
@@ -163,6 +185,7 @@ Index(
     sqlite_where=_READY,
     postgresql_where=_READY,
 )
+Index("ix_task_ready_of_job", task.c.job_id, task.c.kind, task.c.id, sqlite_where=_READY, postgresql_where=_READY)
 Index("ix_task_leased", task.c.lease_until, sqlite_where=_LEASED, postgresql_where=_LEASED)
 
 #: workers that asked for a shard in vain, and when
