@@ -49,6 +49,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     if any(package.finding is Finding.MISSING for package in packages):
         return  # the rest could not even be looked at
     yield from _devices()
+    yield _loops()
     yield _postgresql_driver()
     yield from _models()
     yield from _benchmarks()
@@ -94,6 +95,15 @@ def _devices() -> Iterator[Check]:
     detail = f"{found}; not run on a GPU yet: {_NOT_RUN_ON_A_GPU}; where there is one, `{_GPU_TESTS}` runs them"
     yield Check("gpu", Finding.NOTE, detail, _GPU_TESTS if has_gpu else None)
     yield Check("device class", Finding.OK, describe_device_class(device, "float32", cores()))
+
+
+def _loops() -> Check:
+    from engine import native
+
+    if native.usable():
+        return Check("cpu loops", Finding.OK, "compiled")
+    detail = "numba finds neither OpenMP nor TBB; PyTorch's operators do the same in a quarter more time"
+    return Check("cpu loops", Finding.NOTE, detail, "apt install libgomp1")
 
 
 def _gib(size: int) -> str:

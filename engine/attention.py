@@ -23,13 +23,14 @@ class NativeAttention:
     def __init__(self, stack: "LayerStack", span: Span, cache: KeyValues) -> None:
         self.stack, self.cache = stack, cache
         self.tokens = np.array(span.rows), np.array(span.starts), np.array(span.counts)
+        self.loop = native.attention_loop(self.tokens)
         self.visible = _ALL if cache.visible is None else cache.visible.numpy()
 
     def __call__(self, layer: int, q: Tensor) -> Tensor:
         return native.attend(
+            self.loop,
             q,
-            self.cache.keys[layer],
-            self.cache.values[layer],
+            *self.cache.arrays[layer],
             self.tokens,
             window=self.stack.window(layer),
             visible=self.visible,

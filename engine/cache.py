@@ -81,13 +81,19 @@ class KeyValues:
     def n_positions(self) -> int:
         return self.keys.shape[3]
 
+    @cached_property
+    def arrays(self) -> list[tuple[native.Floats, native.Floats]]:
+        """Keys and values of each layer as arrays over the same memory, on the CPU."""
+        return [(keys.numpy(), values.numpy()) for keys, values in zip(self.keys, self.values, strict=True)]
+
     def writer(self, span: Span, index: tuple[Tensor, Tensor]) -> Callable[[int, Tensor, Tensor], None]:
         """A function that stores a layer's keys and values of the span, [tokens, kv heads, head size] each.
 
         index: row and position of each token, [tokens] each.
         """
         if native.fits(self.keys):
-            return lambda layer, keys, values: native.store(self.keys[layer], self.values[layer], *index, keys, values)
+            rows, positions = index[0].numpy(), index[1].numpy()
+            return lambda layer, keys, values: native.store(*self.arrays[layer], rows, positions, keys, values)
         if len(span.rows) > 1:
 
             def scatter(layer: int, keys: Tensor, values: Tensor) -> None:

@@ -255,11 +255,12 @@ class Engine:
         _ = self.kernels, self.machine  # measured outside the clock
         with Stopwatch(self.device) as watch:
             for batch in (prompts, prompts[:1]):
-                prefilled = self.prefill(batch, 4)
-                for policy in cold:
-                    # What fails on these tokens may do on others; what fails on all is told where a sample ends.
-                    with suppress(NumericalError, OutOfMemory):
-                        self.decode(prefilled, policy, max_new_tokens=4, ends_with_line=True)
+                # What fails on these tokens may do on others; what fails on all is told where a sample ends.
+                with suppress(NumericalError, OutOfMemory):
+                    prefilled = self.prefill(batch, 4)
+                    for policy in cold:
+                        with suppress(NumericalError, OutOfMemory):
+                            self.decode(prefilled, policy, max_new_tokens=4, ends_with_line=True)
         if self.compiled:
             self.compile_ns += watch.ns
         self._warm |= cold

@@ -32,6 +32,8 @@ _COLD_BYTES = 2**26
 _CALLS = 12
 #: from so many tokens on arithmetic decides, not memory, and a product takes long: a few calls say enough
 _MANY = 256
+#: tokens that a kernel is made for at most
+_MOST = {"dots": 64}
 #: outputs that only an unembedding has, which never meets so many tokens
 _OUTPUTS = 2**14
 
@@ -151,7 +153,7 @@ def measure(weights: Sequence[Tensor], keeps_dense: bool) -> list[str]:
     if weights[0].device.type != "cpu" or weights[0].numel() < _SMALL:
         return PLAIN
     weights = weights[: max(1, math.ceil(_COLD_BYTES / weights[0].nbytes))]
-    seconds = {name: _seconds(name, weights) for name in KERNELS}
+    seconds = _seconds(weights)
     kept = ("dense",) if keeps_dense else ()
     choices = [_fastest(seconds, [*kept, layout]) for layout in LAYOUTS]
     # Every count weighs the same: what counts is the factor.
@@ -163,30 +165,42 @@ def _fastest(seconds: dict[str, list[float]], layouts: Sequence[str]) -> list[st
     return [min(names, key=lambda name: seconds[name][at]) for at in range(len(COUNTS))]
 
 
-def _seconds(name: str, weights: Sequence[Tensor]) -> list[float]:
-    """Time of one product for each of `COUNTS`; infinite where this build, or this type, does not have the kernel."""
+def _seconds(weights: Sequence[Tensor]) -> dict[str, list[float]]:
+    """Time of one product by each kernel, for each of `COUNTS`; infinite where this build, or this type, has it not."""
+    products = {name: _products(name, weights) for name in KERNELS}
+    counts = [count for count in COUNTS if count <= _MANY or len(weights[0]) < _OUTPUTS]
+    found: dict[str, list[float]] = {name: [] for name in KERNELS}
+    for count in counts:
+        for name, seconds in _typical(products, weights[0], count).items():
+            found[name].append(seconds)
+    return {name: seconds + seconds[-1:] * (len(COUNTS) - len(counts)) for name, seconds in found.items()}
+
+
+def _products(name: str, weights: Sequence[Tensor]) -> list[Product]:
+    """None where the kernel cannot be had here."""
     try:
         products = [KERNELS[name](laid_out(weight, layout_of(name)), None) for weight in weights]
-        counts = [count for count in COUNTS if count <= _MANY or len(weights[0]) < _OUTPUTS]
-        found = [_typical(products, weights[0], count) for count in counts]
-        return found + found[-1:] * (len(COUNTS) - len(counts))
+        products[0](torch.ones(1, weights[0].shape[1], dtype=weights[0].dtype))
     except (RuntimeError, AttributeError, TypeError):
-        return [math.inf] * len(COUNTS)
+        return []
+    return products
 
 
-def _typical(products: Sequence[Product], weight: Tensor, count: int) -> float:
-    """Seconds of one product, matrix after matrix so that weights come from memory.
+def _typical(products: dict[str, list[Product]], weight: Tensor, count: int) -> dict[str, float]:
+    """Seconds of one product by each kernel, matrix after matrix so that weights come from memory.
 
-    The lower quartile: on a busy machine a product that was interrupted takes a hundred times longer, and the fastest
-    of all is the one whose weights the cache still had.
+    Kernels take turns: on a busy machine a bad moment is then everybody's. Of the times the lower quartile: a product
+    that was interrupted takes a hundred times longer, and the fastest of all is one whose weights the cache still had.
     """
     states = torch.ones(count, weight.shape[1], dtype=weight.dtype)
     calls = _CALLS if count < _MANY else 3
-    products = products[:calls]
-    products[0](states)
-    times = []
-    for product in [*products] * math.ceil(calls / len(products)):
-        begin = time.perf_counter()
-        product(states)
-        times.append(time.perf_counter() - begin)
-    return sorted(times)[len(times) // 4]
+    times: dict[str, list[float]] = {name: [] for name in products}
+    for call in range(-1, calls):  # the first one warms up
+        for name, same in products.items():
+            if not same or count > _MOST.get(name, count):
+                times[name].append(math.inf)
+                continue
+            begin = time.perf_counter()
+            same[call % len(same)](states)
+            times[name].append(time.perf_counter() - begin)
+    return {name: sorted(found[1:])[calls // 4] for name, found in times.items()}

@@ -14,7 +14,7 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 from numba import float32, int64, prange, void
-from torch import Tensor, device, empty
+from torch import Tensor, device, empty, from_numpy
 from torch import float32 as float_
 from torch.compiler import is_compiling
 
@@ -190,9 +190,11 @@ def _store(
                 values[row, head, position, i] = v[token, head, i]
 
 
-def store(keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
+def store(
+    keys: Floats, values: Floats, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], k: Tensor, v: Tensor
+) -> None:
     """Keys and values of tokens, [tokens, kv heads, size], to their places in [rows, kv heads, positions, size]."""
-    _store(keys.numpy(), values.numpy(), rows.numpy(), positions.numpy(), k.numpy(), v.numpy())
+    _store(keys, values, rows, positions, k.numpy(), v.numpy())
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -347,10 +349,17 @@ def _attend_together(
 _WORTH_WAKING = 1000
 
 
+def attention_loop(tokens: Tokens) -> Any:
+    """What `attend` runs for these tokens, in every layer."""
+    _, starts, counts = tokens
+    return _attend_together if starts.sum() + counts.sum() > _WORTH_WAKING else _attend_alone
+
+
 def attend(
+    loop: Any,
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Floats,
+    values: Floats,
     tokens: Tokens,
     *,
     window: int | None,
@@ -363,23 +372,9 @@ def attend(
     q: [tokens, heads, head size]; keys and values: a layer's, [rows, kv heads, positions, head size]. visible: see
     `KeyValues.visible`, or [1, 0] where all is seen. A position that is hidden has no weight.
     """
-    out = empty(q.shape)
-    rows, starts, counts = tokens
-    loop = _attend_together if starts.sum() + counts.sum() > _WORTH_WAKING else _attend_alone
-    loop(
-        q.numpy(),
-        keys.numpy(),
-        values.numpy(),
-        rows,
-        starts,
-        counts,
-        window or 0,
-        visible,
-        layer,
-        scale,
-        out.numpy(),
-    )
-    return out.flatten(1)
+    out = np.empty(q.shape, np.float32)
+    loop(q.numpy(), keys, values, *tokens, window or 0, visible, layer, scale, out)
+    return from_numpy(out.reshape(len(out), -1))
 
 
 # --- products --------------------------------------------------------------------------------------------------------

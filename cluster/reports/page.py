@@ -159,6 +159,7 @@ def _facts(report: JobReport) -> list[tuple[str, str]]:
         ("Machine", pinned.get("device_class")),
         ("Threads", pinned.get("threads")),
         ("Batch size", pinned.get("batch_size")),
+        ("Compile", pinned.get("compile")),
         ("New tokens", pinned.get("max_new_tokens")),
         ("Finished", formats.moment(ended) if ended is not None else None),
         ("Took", formats.duration(took) if took is not None else None),

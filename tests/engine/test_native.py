@@ -56,11 +56,13 @@ def test_attention_of_ragged_rows(
     rows, starts, counts = np.array([2, 0]), np.array([13, 0]), np.array([2, 4])
     visible = torch.full((3, 20), 9)
     visible[2, ::3], visible[0, 1] = 4, 3
+    tokens = rows, starts, counts
     out = native.attend(
+        native.attention_loop(tokens),
         q,
-        keys,
-        values,
-        (rows, starts, counts),
+        keys.numpy(),
+        values.numpy(),
+        tokens,
         window=window,
         visible=visible.numpy() if hides else np.zeros((1, 0), np.int64),
         layer=4,
@@ -92,9 +94,10 @@ def test_what_is_no_number_stays_none(number: float) -> None:
     keys[0, 0, 1, 1] = number
     tokens = np.zeros(1, np.int64), np.array([3]), np.ones(1, np.int64)
     out = native.attend(
-        _random(1, 1, 8),
-        keys,
-        _random(1, 1, 4, 8),
+        native.attention_loop(tokens),
+        _random(1, 1, 8).abs(),
+        keys.numpy(),
+        _random(1, 1, 4, 8).numpy(),
         tokens,
         window=None,
         visible=np.zeros((1, 0), np.int64),

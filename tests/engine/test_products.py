@@ -143,3 +143,15 @@ def test_warm_up_survives_weights_that_fail(tiny_folder: Callable[[str], Path]) 
     engine: Engine = open_engine(tiny_folder("llama"))
     engine.stack.final_norm = lambda states: states * float("nan")
     engine.warm_up([policy("full")])
+
+
+def test_warm_up_survives_a_memory_that_is_full(tiny_folder: Callable[[str], Path]) -> None:
+    """Protects a shard: its batches are halved where they do not fit, and its worker lives to halve them."""
+
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    engine: Engine = open_engine(tiny_folder("llama"))
+    _ = engine.machine
+    engine.stack.final_norm = full
+    engine.warm_up([policy("full")])
