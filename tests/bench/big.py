@@ -1,4 +1,4 @@
-"""Jobs of millions of tokens on PostgreSQL, made in minutes: copies, by SQL alone, of a small one that went every step."""
+"""Jobs of millions of tokens on PostgreSQL, made in minutes: copies, by SQL, of a small one that went every step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +16,14 @@ SHARDS = 16
 #: on disk, of a token with all that belongs to it, while it is written
 BYTES = 150
 
+_SAMPLES = """
+generate_series(0, :samples - 1) i
+JOIN sample o ON o.benchmark_id = :small_benchmark AND o.position = i % :small
+"""
+_SHARDS = """
+generate_series(0, :samples / :shard - 1) i
+CROSS JOIN (SELECT * FROM task WHERE job_id = :small_job AND kind = 'shard' LIMIT 1) o
+"""
 #: one row a sample of the big job, each with what the small job has for one of its samples under some of its runs
 _BY_SAMPLE = """
 sample s
@@ -80,21 +88,16 @@ class Mould:
 
 def _copy_all(connection: Connection, values: dict[str, Any]) -> None:
     job, benchmark = {"job_id": ":job"}, {"benchmark_id": ":benchmark"}
-    series = "generate_series(0, :samples - 1) i JOIN sample o ON o.benchmark_id = :small_benchmark"
-    _copy(
-        connection, values, "sample", f"{series} AND o.position = i % :small", position="i", name="'s/' || i", **benchmark
-    )
+    _copy(connection, values, "sample", _SAMPLES, **benchmark, position="i", name="'s/' || i")
     _copy(connection, values, "run", "run o WHERE job_id = :small_job AND position = ANY(:runs)", **job, **benchmark)
-    series = "generate_series(0, :samples / :shard - 1) i"
-    shard = "(SELECT * FROM task WHERE job_id = :small_job AND kind = 'shard' LIMIT 1) o"
     extent = {"first_batch": "i * :batches", "end_batch": "(i + 1) * :batches"}
-    _copy(connection, values, "task", f"{series} CROSS JOIN {shard}", **job, **benchmark, **extent)
+    _copy(connection, values, "task", _SHARDS, **job, **benchmark, **extent)
     connection.execute(text("ANALYZE sample, task, run"))  # or the joins below are planned as if these were empty
-    of_run, of_sample, of_task = {"run_id": "r.id"}, {"sample_id": "s.id"}, {"task_id": "k.id"}
-    _copy(connection, values, "outcome", _BY_SAMPLE.format("outcome"), **of_run, **of_sample, **of_task)
-    _copy(connection, values, "score", _BY_SAMPLE.format("score"), **of_run, **of_sample)
-    _copy(connection, values, "timing", _BY_BATCH, **of_run, batch="i")
-    _copy(connection, values, "rollup", _BY_SHARD, **of_run, **of_task)
+    run, sample, task = {"run_id": "r.id"}, {"sample_id": "s.id"}, {"task_id": "k.id"}
+    _copy(connection, values, "outcome", _BY_SAMPLE.format("outcome"), **run, **sample, **task)
+    _copy(connection, values, "score", _BY_SAMPLE.format("score"), **run, **sample)
+    _copy(connection, values, "timing", _BY_BATCH, **run, batch="i")
+    _copy(connection, values, "rollup", _BY_SHARD, **run, **task)
 
 
 def _copy(connection: Connection, values: dict[str, Any], table: str, source: str, **changed: str) -> None:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import psutil
 from sqlalchemy import text
 
@@ -140,7 +139,8 @@ def shards_at_once(url: str, workers: int = 8, shards: int = 1_500) -> Row:
 
 def long_queue(db: Database, name: str, short: int = 100, long: int = 100_000) -> Row:
     """Claims from a long queue over claims from a short one, in turn."""
-    jobs = [planned_job(db, shards, batch_size=1, shard_batches=1, policies=["full"]) for shards in (short, long)]
+    cut = {"batch_size": 1, "shard_batches": 1}
+    jobs = [planned_job(db, n, **cut, policies=["full"], benchmarks=[f"lines {n}"]) for n in (short, long)]
 
     def claims(job_id: int) -> None:
         for _ in range(6):

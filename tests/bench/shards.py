@@ -72,9 +72,7 @@ def made(runs: Sequence[RunRow], samples: Sequence[SampleRow], batches: range, r
         for sample, tokens in zip(samples, _arrays(rng, len(samples), run.policy_kind == "full"), strict=True):
             at = int(rng.integers(len(CODE) - TOKENS * CHARACTERS))
             text = CODE[at : at + TOKENS * CHARACTERS]
-            shard.outcomes.append(
-                OutcomeRow(run.id, sample.id, text, None, "length", TOKENS, 256, 0, True, tokens)
-            )
+            shard.outcomes.append(OutcomeRow(run.id, sample.id, text, None, "length", TOKENS, 256, 0, True, tokens))
             values = rng.random(len(metrics)).tolist()
             shard.scores.extend(
                 ScoreRow(run.id, sample.id, name, metrics[name].version, value)
