@@ -18,6 +18,11 @@ from db.errors import BadInput, RecordError, Unavailable
 
 #: how long a statement waits for a lock; well under a lease of 30 s
 BUSY_SECONDS = 5
+#: how long PostgreSQL waits in the middle of a transaction for a client that says nothing: it may be frozen, and holds
+#: its shard until then
+FROZEN_SECONDS = 60
+#: libpq: a server that is gone without a word (its machine, or the network between) is noticed within a minute
+_KEEPALIVES = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
 
 #: sqlite3's result codes for a database that is locked, full or out of reach
 _SQLITE_AWAY = {
@@ -27,8 +32,10 @@ _SQLITE_AWAY = {
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_CANTOPEN,
 }
-#: SQLSTATE classes of PostgreSQL: connection, transaction rollback, resources, intervention, lock not available
-_POSTGRESQL_AWAY = ("08", "40", "53", "57", "55P03")
+#: SQLSTATE classes of PostgreSQL: connection, transaction rollback, resources, intervention, lock not available,
+#: ended because the client was silent
+_POSTGRESQL_AWAY = ("08", "40", "53", "57", "55P03", "25P03")
+_POSTGRESQL_FULL = "53100"
 
 
 class Database:
@@ -173,16 +180,23 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
 def _engine(url: URL) -> Engine:
     strict_json = partial(json.dumps, allow_nan=False)  # PostgreSQL has no NaN in JSON; SQLite shall not either
     if url.get_backend_name() == "postgresql":
-        return create_engine(
+        engine = create_engine(
             url,
             json_serializer=strict_json,
             pool_pre_ping=True,
-            connect_args={"connect_timeout": 10, "application_name": "shortstop"},
+            connect_args={"connect_timeout": 10, "application_name": "shortstop"} | _KEEPALIVES,
         )
+        event.listen(engine, "connect", _set_up_postgresql)
+        return engine
     engine = create_engine(url, json_serializer=strict_json)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _set_up_postgresql(connection: Any, _: Any) -> None:
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{FROZEN_SECONDS}s'")
+    connection.commit()
 
 
 def _set_up_sqlite(connection: Any, _: Any) -> None:
@@ -209,6 +223,8 @@ def explained(error: Exception, shown: str) -> RecordError:
     """What SQLAlchemy or the driver raised, as one of ours."""
     cause = getattr(error, "orig", None) or error
     complaint = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    if _full(cause):
+        return Unavailable(f"database {shown} has no space left ({complaint}); make room and try again.")
     if isinstance(error, PoolTimeout) or _away(cause):
         return Unavailable(f"database {shown} is busy or out of reach ({complaint}); try again.")
     if getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY:
@@ -216,11 +232,21 @@ def explained(error: Exception, shown: str) -> RecordError:
     return RecordError(f"database {shown} refused: {complaint}")
 
 
+def _full(cause: BaseException) -> bool:
+    if isinstance(cause, sqlite3.Error):
+        return getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+    return getattr(cause, "sqlstate", None) == _POSTGRESQL_FULL
+
+
 def _away(cause: BaseException) -> bool:
-    """Whether the driver says that the database is locked, full or out of reach."""
+    """Whether the driver says that the database is locked or out of reach."""
     if isinstance(cause, sqlite3.Error):
         return getattr(cause, "sqlite_errorcode", 0) & 0xFF in _SQLITE_AWAY
     if isinstance(cause, SQLAlchemyError):
         return False
-    state = getattr(cause, "sqlstate", None)  # None: psycopg lost the connection, or never had one
-    return state is None or str(state).startswith(_POSTGRESQL_AWAY)
+    state = getattr(cause, "sqlstate", None)
+    if state is None:  # psycopg lost the connection, or never had one; or it refuses a value, which no repeat mends
+        import psycopg  # an extra: SQLite needs no driver
+
+        return isinstance(cause, psycopg.OperationalError | psycopg.InterfaceError)
+    return str(state).startswith(_POSTGRESQL_AWAY)

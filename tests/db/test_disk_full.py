@@ -1,0 +1,95 @@
+"""SQLite on a disk that is full: a clear sentence, nothing lost, and work goes on once there is space."""
+
+import os
+import re
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+
+import faults
+import pytest
+from faults import assert_as_undisturbed, commit, planned, work_off
+from made import claimed
+
+from db import jobs, results
+from db.errors import Unavailable
+from db.queue import Lease
+from db.session import Database, open_database
+
+N_SAMPLES = 400
+NO_SPACE = r"database sqlite:///\S+/record.db has no space left \(database or disk is full\); make room and try again\."
+TOO_LARGE = r"database sqlite:///\S+/record.db is busy or out of reach \(disk I/O error\); try again\."
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of two megabytes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if os.geteuid() != 0 or mount(folder, "size=2m").returncode != 0:
+        pytest.skip("only root may mount a small disk; the test with a limit on files needs none")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def mount(folder: Path, options: str) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    """ENOSPC from a real file system."""
+
+    def make_room() -> None:
+        assert mount(small_disk, "remount,size=64m").returncode == 0
+
+    fill_and_go_on(small_disk / "record.db", NO_SPACE, lambda: None, make_room)
+
+
+def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    """EFBIG, as from a quota, in a process of its own: pytest has files to write as well."""
+    assert faults.exit_code(limit_and_go_on, tmp_path / "record.db") == 0
+
+
+def limit_and_go_on(file: Path) -> None:
+    """Runs in a process of its own."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def take_room() -> None:
+        log = file.with_name("record.db-wal").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log + 500_000, unlimited[1]))
+
+    fill_and_go_on(file, TOO_LARGE, take_room, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, unlimited))
+
+
+def fill_and_go_on(file: Path, sentence: str, take_room: Callable[[], None], make_room: Callable[[], None]) -> None:
+    """Whoever found no space repeats what it did; whoever comes by meanwhile finds the record whole."""
+    with closing(open_database(f"sqlite:///{file}")) as db:
+        job_id = planned(db, N_SAMPLES, shard_batches=10)
+        take_room()
+        lease, done, said = commit_until_full(db)
+        assert re.fullmatch(sentence, said), said
+        assert done > 0
+        with closing(open_database(f"sqlite:///{file}")) as other:
+            assert jobs.progress(other, job_id).shards["done"] == done
+            assert len(list(results.completions(other, job_id=job_id))) == done * 20 * len(faults.POLICIES)
+            faults.assert_rollups_equal_a_recount(other, job_id)
+        make_room()
+        if lease is not None:
+            commit(db, lease)
+        work_off(db, job_id)
+        assert_as_undisturbed(db, job_id, N_SAMPLES)
+
+
+def commit_until_full(db: Database) -> tuple[Lease | None, int, str]:
+    """The shard that could not be committed, if it could be claimed; how many were before it; what was said."""
+    for done in count():
+        lease = None
+        try:
+            lease = claimed(db)
+            commit(db, lease)
+        except Unavailable as error:
+            return lease, done, str(error)
+    raise AssertionError
