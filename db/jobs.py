@@ -24,6 +24,7 @@ __all__ = [
     "Progress",
     "RunRow",
     "artifact",
+    "batches",
     "benchmark",
     "cancel_job",
     "create_job",
@@ -90,22 +91,39 @@ def list_jobs(db: Database, *, limit: int | None = None) -> list[JobRow]:
 
 def progress(db: Database, job_id: int) -> Progress:
     """How far the job is; all zero while it is being prepared."""
+    errors = select(func.coalesce(func.sum(rollup.c.errors), 0)).join(run).where(run.c.job_id == job_id)
+    with db.read() as connection:
+        by_state = _shards(connection, job_id)
+        done, total = _batches(by_state)
+        return Progress(
+            batches_done=done,
+            batches_total=total,
+            shards={state: count for state, (count, _, _) in by_state.items()},
+            errors=int(connection.execute(errors).scalar_one()),
+            last_error=last_error(connection, job_id),
+        )
+
+
+def batches(db: Database, job_id: int) -> tuple[int, int]:
+    """As `progress` has them: the batches done, and all. Without the errors, which stand in every rollup of the job."""
+    with db.read() as connection:
+        return _batches(_shards(connection, job_id))
+
+
+def _shards(connection: Connection, job_id: int) -> dict[str, tuple[int, int, int]]:
+    """By state: how many shards, their batches, and those done of them."""
     extent = func.sum(task.c.end_batch - task.c.first_batch)
     shards = (
         select(task.c.state, func.count(), extent, func.sum(task.c.done_batches))
         .where(task.c.job_id == job_id, task.c.kind == "shard", task.c.state != TaskState.SPLIT)
         .group_by(task.c.state)
     )
-    errors = select(func.coalesce(func.sum(rollup.c.errors), 0)).join(run).where(run.c.job_id == job_id)
-    with db.read() as connection:
-        by_state = {state: tuple(map(int, rest)) for state, *rest in connection.execute(shards)}
-        return Progress(
-            batches_done=by_state.get(TaskState.DONE, (0, 0, 0))[1] + by_state.get(TaskState.LEASED, (0, 0, 0))[2],
-            batches_total=sum(batches for _, batches, _ in by_state.values()),
-            shards={state: count for state, (count, _, _) in by_state.items()},
-            errors=int(connection.execute(errors).scalar_one()),
-            last_error=last_error(connection, job_id),
-        )
+    return {state: (int(n), int(all), int(done)) for state, n, all, done in connection.execute(shards)}
+
+
+def _batches(by_state: dict[str, tuple[int, int, int]]) -> tuple[int, int]:
+    done = by_state.get(TaskState.DONE, (0, 0, 0))[1] + by_state.get(TaskState.LEASED, (0, 0, 0))[2]
+    return done, sum(batches for _, batches, _ in by_state.values())
 
 
 def last_error(connection: Connection, job_id: int) -> str | None:

@@ -38,7 +38,7 @@ def completions(
     db: Database, *, run_id: int | None = None, job_id: int | None = None, limit: int | None = None
 ) -> Iterator[CompletionRow]:
     """Of one run or one job, by run, then in the benchmark's order; streamed. Raises `BadInput` for an unknown run."""
-    rows = (row for one in _runs(db, run_id, job_id) for window in _windows(db, one) for row in window)
+    rows = (row for one in _runs(db, run_id, job_id) for window in _windows(db, one, limit) for row in window)
     return islice(rows, limit)
 
 
@@ -48,7 +48,7 @@ def tokens(db: Database, *, run_id: int | None = None, job_id: int | None = None
         for first in range(0, _n_samples(db, one), _WINDOW):
             with db.read() as connection:
                 columns = [outcome.c.id, outcome.c.sample_id, *selection(db.dialect)]
-                rows = connection.execute(_in_window(one, first, columns)).all()
+                rows = connection.execute(_in_window(one, first, _WINDOW, columns)).all()
             batch = _token_batch(one, db.dialect, [tuple(row) for row in rows])
             if len(batch):
                 yield batch
@@ -143,8 +143,8 @@ def _n_samples(db: Database, one: RunRow) -> int:
         return int(connection.execute(size).scalar_one())
 
 
-def _in_window(one: RunRow, first: int, columns: Sequence[ColumnElement[Any]]) -> Select[Any]:
-    """Outcomes of the run whose samples are at positions `[first, first + _WINDOW)`, in order."""
+def _in_window(one: RunRow, first: int, size: int, columns: Sequence[ColumnElement[Any]]) -> Select[Any]:
+    """Outcomes of the run whose samples are at positions `[first, first + size)`, in order."""
     return (
         select(*columns)
         .select_from(sample)
@@ -152,23 +152,25 @@ def _in_window(one: RunRow, first: int, columns: Sequence[ColumnElement[Any]]) -
         .where(
             sample.c.benchmark_id == one.benchmark_id,
             sample.c.position >= first,
-            sample.c.position < first + _WINDOW,
+            sample.c.position < first + size,
         )
         .order_by(sample.c.position)
     )
 
 
-def _windows(db: Database, one: RunRow) -> Iterator[list[CompletionRow]]:
-    """The run's completions, a short transaction each few hundred."""
+def _windows(db: Database, one: RunRow, limit: int | None) -> Iterator[list[CompletionRow]]:
+    """The run's completions, a short transaction each few hundred; in the first no more than were asked for."""
     columns = [*_SAMPLE, *_OUTCOME, *selection(db.dialect)]
-    for first in range(0, _n_samples(db, one), _WINDOW):
+    first, size, n_samples = 0, _WINDOW if limit is None else min(limit, _WINDOW), _n_samples(db, one)
+    while first < n_samples:
         with db.read() as connection:
-            rows = connection.execute(_in_window(one, first, columns)).all()
-            scores = _scores_in_window(connection, one, first)
+            rows = connection.execute(_in_window(one, first, size, columns)).all()
+            scores = _scores_in_window(connection, one, first, size)
         yield [_completion(one, db.dialect, row, scores) for row in rows]
+        first, size = first + size, _WINDOW
 
 
-def _scores_in_window(connection: Connection, one: RunRow, first: int) -> dict[int, dict[str, float]]:
+def _scores_in_window(connection: Connection, one: RunRow, first: int, size: int) -> dict[int, dict[str, float]]:
     current = and_(score.c.sample_id == sample.c.id, score.c.run_id == one.id)
     chosen = (
         select(score.c.sample_id, score.c.metric, score.c.value)
@@ -178,7 +180,7 @@ def _scores_in_window(connection: Connection, one: RunRow, first: int) -> dict[i
         .where(
             sample.c.benchmark_id == one.benchmark_id,
             sample.c.position >= first,
-            sample.c.position < first + _WINDOW,
+            sample.c.position < first + size,
         )
         .order_by(score.c.metric)
     )

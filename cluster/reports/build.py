@@ -26,7 +26,7 @@ def build_report(db: Database, job_id: int, decode: Decode | None = None) -> Job
     decode: the texts of token ids, one each; without it examples are plain text, not coloured by exit layer.
     Raises `db.errors.BadInput` where there is no such job.
     """
-    job, progress, runs = jobs.job(db, job_id), jobs.progress(db, job_id), jobs.runs(db, job_id)
+    job, (done, total), runs = jobs.job(db, job_id), jobs.batches(db, job_id), jobs.runs(db, job_id)
     by_benchmark = [list(group) for _, group in groupby(runs, key=lambda run: run.benchmark_id)]
     room = max(FEWEST_EXAMPLES, EXAMPLES // len(by_benchmark)) if by_benchmark else 0
     pinned = job.pinned or {}
@@ -40,8 +40,8 @@ def build_report(db: Database, job_id: int, decode: Decode | None = None) -> Job
         started_at=job.started_at,
         finished_at=job.finished_at,
         partial=not runs or any(run.summary is None for run in runs),
-        batches_done=progress.batches_done,
-        batches_total=progress.batches_total,
+        batches_done=done,
+        batches_total=total,
         model=_asked_or_pinned(job, "model") or "",
         exits=_asked_or_pinned(job, "exits"),
         provenance=pinned | ({"kernels": kernels} if kernels else {}),

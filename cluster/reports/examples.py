@@ -14,8 +14,9 @@ from db.session import Database
 #: token ids -> the text of each
 Decode = Callable[[list[int]], list[str]]
 
-#: samples of a benchmark, from its start, that examples are picked from
-SAMPLES_READ = 400
+#: completions of a benchmark, under all policies, that examples are picked from, so that a report opens as quickly
+#: whatever the number of policies; but samples enough to choose from, from the benchmark's start
+COMPLETIONS_READ, FEWEST_SAMPLES = 800, 40
 
 #: of a prompt only its end is shown
 PROMPT_LINES, PROMPT_CHARACTERS = 8, 800
@@ -50,7 +51,8 @@ def pick_examples(db: Database, runs: list[RunReport], room: int, decode: Decode
     full = next((place for place, run in enumerate(runs) if run.kind == "full"), None)
     if full is None:
         return []
-    columns = [list(results.completions(db, run_id=run.run_id, limit=SAMPLES_READ)) for run in runs]
+    limit = max(FEWEST_SAMPLES, COMPLETIONS_READ // len(runs))
+    columns = [list(results.completions(db, run_id=run.run_id, limit=limit)) for run in runs]
     candidates = [_candidate(rows, full) for rows in _aligned(columns) if rows[full].outcome.tokens is not None]
     return [_example(candidate, runs, full, decode) for candidate in _pick(candidates, room)]
 
