@@ -1,5 +1,7 @@
 """The way of a job: submitted, prepared, worked on until it has ended."""
 
+import hashlib
+import json
 import os
 import secrets
 import signal
@@ -22,6 +24,7 @@ from cluster.spec import JobSpec
 from db import errors as record_errors
 from db import jobs, queue
 from db.errors import LeaseLost, Unavailable
+from db.events import LOCAL
 from db.queue import Lease
 from db.records import JobState, Progress
 from db.session import Database
@@ -40,15 +43,32 @@ __all__ = ["JobState", "Validation", "anchored", "cores", "prepare", "submit", "
 log = structlog.get_logger()
 
 
-def submit(db: Database, spec: JobSpec, spec_folder: Path | None = None) -> int:
+def submit(
+    db: Database,
+    spec: JobSpec,
+    spec_folder: Path | None = None,
+    *,
+    principal: str = LOCAL,
+    idempotency_key: str | None = None,
+) -> int:
     """Write a job, state `preparing`, and return its id at once.
 
     spec_folder: what the spec's relative paths start from; the current folder when absent. Unknown names and missing
-    folders are refused before anything is written: raises `BadInput`.
+    folders are refused before anything is written: raises `BadInput`. idempotency_key: the same principal with the
+    same key and spec again gets the job that is there; with another spec `BadInput` (of db).
     """
     spec = anchored(spec, spec_folder or Path.cwd())
     _check_names(spec)
-    return jobs.create_job(db, name=spec.name, spec=_dump(spec), priority=spec.priority)
+    body = _dump(spec)
+    return jobs.create_job(
+        db,
+        name=spec.name,
+        spec=body,
+        priority=spec.priority,
+        principal=principal,
+        idempotency_key=idempotency_key,
+        body_hash=hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(),
+    )
 
 
 def work(
@@ -65,15 +85,17 @@ def work(
 
     workers: processes that Ray keeps at work; inline: one worker in this process instead, without Ray. ray_address: a
     running Ray cluster; a local one is started when absent. Ctrl-C and SIGTERM give all leases back and come out as
-    `KeyboardInterrupt`; the job stays and can be worked on again. Raises `BadInput` (of engine or db) found while
+    `KeyboardInterrupt`; the job stays and can be worked on again. A paused job is waited for, and a log line says so.
+    Raises `BadInput` (of engine or db) found while
     preparing, when the job has failed with the same sentence, and `FleetError` when workers keep dying.
     """
+    pauses = _Pauses(db, job_id)
     with _sigterm_interrupts():
-        _see_prepared(db, job_id, 1 if inline else workers, lease_seconds)
+        _see_prepared(db, job_id, 1 if inline else workers, lease_seconds, pauses)
     state = jobs.job(db, job_id).state
     if state.ended:
         return state
-    report = partial(_report_progress, db, job_id, on_progress)
+    report = partial(_report_progress, db, job_id, on_progress, pauses)
     report()
     if inline:
         _work_inline(db, job_id, lease_seconds, report)
@@ -134,17 +156,33 @@ def _dump(spec: JobSpec) -> dict[str, Any]:
     }
 
 
-def _report_progress(db: Database, job_id: int, on_progress: Callable[[Progress], None]) -> None:
+def _report_progress(db: Database, job_id: int, on_progress: Callable[[Progress], None], pauses: "_Pauses") -> None:
     try:
         on_progress(jobs.progress(db, job_id))
+        pauses.tell()
     except Unavailable:
         return  # the next report shows it
+
+
+class _Pauses:
+    """Says so, once a pause, where a job is not worked on because it is paused."""
+
+    def __init__(self, db: Database, job_id: int) -> None:
+        self.db = db
+        self.job_id = job_id
+        self._told = False
+
+    def tell(self) -> None:
+        paused = jobs.job(self.db, self.job_id).paused
+        if paused and not self._told:
+            log.warning(f"job {self.job_id} is paused and waits; `shortstop resume {self.job_id}` lets it go on")
+        self._told = paused
 
 
 # --- preparing -----------------------------------------------------------------------------------------------
 
 
-def _see_prepared(db: Database, job_id: int, workers: int, lease_seconds: float) -> None:
+def _see_prepared(db: Database, job_id: int, workers: int, lease_seconds: float, pauses: _Pauses) -> None:
     """Prepare the job, or wait for whoever does."""
     name = _own_name()
     while jobs.job(db, job_id).state is JobState.PREPARING:
@@ -152,6 +190,7 @@ def _see_prepared(db: Database, job_id: int, workers: int, lease_seconds: float)
         if lease is not None:
             _try_prepare(db, lease, workers)
         else:
+            pauses.tell()
             take_back(db, name)
             time.sleep(IDLE_SECONDS)
 

@@ -4,19 +4,32 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select, update
 
+from db import events
 from db.clock import now
 from db.errors import BadInput
+from db.events import LOCAL, What
 from db.planning import plan_job
-from db.queue import NEW_TASK, OPEN, end_job
-from db.records import BenchmarkRow, JobRow, JobState, PlannedBenchmark, PlannedPolicy, Progress, RunRow, TaskState
+from db.queue import NEW_TASK, OPEN, end_job, reopen_job
+from db.records import (
+    BenchmarkRow,
+    DeadTask,
+    JobRow,
+    JobState,
+    PlannedBenchmark,
+    PlannedPolicy,
+    Progress,
+    RunRow,
+    TaskState,
+)
 from db.session import Database
 from db.tables import artifact as artifact_table
 from db.tables import benchmark as benchmark_table
+from db.tables import insert_new, rollup, run, task
 from db.tables import job as job_table
-from db.tables import rollup, run, task
 
 __all__ = [
     "BenchmarkRow",
+    "DeadTask",
     "JobRow",
     "JobState",
     "PlannedBenchmark",
@@ -28,50 +41,134 @@ __all__ = [
     "benchmark",
     "cancel_job",
     "create_job",
+    "dead_tasks",
     "fail_job",
     "finished",
     "job",
     "list_jobs",
+    "pause_job",
     "plan_job",
     "progress",
     "resume_job",
+    "retry_job",
     "runs",
+    "unpause_job",
 ]
 
 
-def create_job(db: Database, *, name: str, spec: dict[str, Any], priority: int = 0) -> int:
-    """Write a job and its prepare task. Returns the job's id."""
+def create_job(
+    db: Database,
+    *,
+    name: str,
+    spec: dict[str, Any],
+    priority: int = 0,
+    principal: str = LOCAL,
+    idempotency_key: str | None = None,
+    body_hash: str | None = None,
+) -> int:
+    """Write a job and its prepare task. Returns the job's id.
+
+    The same principal with the same key and body hash again gets the job that is there, and nothing is written; with
+    another body hash `BadInput`. Of several at the same moment one writes.
+    """
     new = {"name": name, "spec": spec, "state": JobState.PREPARING, "priority": priority, "created_at": now()}
+    new |= {"principal": principal, "idempotency_key": idempotency_key, "body_hash": body_hash}
     with db.write() as connection:
-        job_id: int = connection.execute(insert(job_table).values(new).returning(job_table.c.id)).scalar_one()
+        if idempotency_key is None:
+            job_id: int = connection.execute(insert(job_table).values(new).returning(job_table.c.id)).scalar_one()
+        else:
+            is_new = insert_new(connection, job_table, new)
+            job_id = _of_key(connection, principal, idempotency_key, body_hash)
+            if not is_new:
+                return job_id
         connection.execute(insert(task).values(NEW_TASK | {"job_id": job_id, "kind": "prepare", "priority": priority}))
+        events.record(connection, job_id, principal, What.SUBMITTED)
     return job_id
 
 
-def fail_job(db: Database, job_id: int, error: str) -> bool:
+def _of_key(connection: Connection, principal: str, key: str, body_hash: str | None) -> int:
+    """The job that the principal submitted under the key. Raises `BadInput` where it was asked for something else."""
+    asked = select(job_table.c.id, job_table.c.body_hash).where(
+        job_table.c.principal == principal, job_table.c.idempotency_key == key
+    )
+    found = connection.execute(asked).one()
+    if found.body_hash != body_hash:
+        raise BadInput(
+            f"key {key!r} belongs to job {found.id}, which was submitted with another spec; take another key."
+        )
+    return int(found.id)
+
+
+def fail_job(db: Database, job_id: int, error: str, *, who: str = LOCAL) -> bool:
     """End the job as failed; open tasks are cancelled. False when it had ended before."""
     with db.write() as connection:
-        return end_job(connection, job_id, JobState.FAILED, error)
+        return end_job(connection, job_id, JobState.FAILED, error, who)
 
 
-def cancel_job(db: Database, job_id: int) -> bool:
+def cancel_job(db: Database, job_id: int, *, who: str = LOCAL) -> bool:
     """End the job as cancelled; whoever works on it learns so at the next renewal. False when it had ended before."""
     with db.write() as connection:
-        return end_job(connection, job_id, JobState.CANCELLED, None)
+        return end_job(connection, job_id, JobState.CANCELLED, None, who)
 
 
-def resume_job(db: Database, job_id: int) -> int:
-    """Make the dead tasks of a failed job ready again with fresh attempts. Returns how many."""
-    fresh = {"state": TaskState.READY, "attempt": 0, "run_after": 0.0}
-    dead = (task.c.job_id == job_id, task.c.state == TaskState.DEAD)
+def pause_job(db: Database, job_id: int, *, who: str = LOCAL) -> bool:
+    """Let none of the job's tasks be claimed; those that are leased go on. False when it was paused or has ended."""
     with db.write() as connection:
-        kinds = connection.execute(update(task).where(*dead).values(fresh).returning(task.c.kind)).scalars().all()
-        if kinds:
-            state = JobState.PREPARING if "prepare" in kinds else JobState.RUNNING
-            connection.execute(
-                update(job_table).where(job_table.c.id == job_id).values(state=state, error=None, finished_at=None)
-            )
+        return _set_paused(connection, job_id, True, who)
+
+
+def unpause_job(db: Database, job_id: int, *, who: str = LOCAL) -> bool:
+    """Let the job's tasks be claimed again. False when it was not paused."""
+    with db.write() as connection:
+        return _set_paused(connection, job_id, False, who)
+
+
+def _set_paused(connection: Connection, job_id: int, paused: bool, who: str) -> bool:
+    change = update(job_table).where(job_table.c.id == job_id, job_table.c.paused.is_(not paused))
+    if paused:
+        change = change.where(job_table.c.state.in_([state for state in JobState if not state.ended]))
+    if connection.execute(change.values(paused=paused)).rowcount == 0:
+        return False
+    events.record(connection, job_id, who, What.PAUSED if paused else What.RESUMED)
+    return True
+
+
+def retry_job(db: Database, job_id: int, *, who: str = LOCAL) -> int:
+    """Make the job's dead tasks ready again with fresh attempts, also when it has failed. Returns how many.
+
+    Raises `BadInput` where the job was cancelled: the tasks that were open then are gone.
+    """
+    with db.write() as connection:
+        return _retry(connection, job_id, who)
+
+
+def resume_job(db: Database, job_id: int, *, who: str = LOCAL) -> int:
+    """Let the job go on, whatever keeps it: as `unpause_job` and `retry_job`. Returns how many tasks are retried."""
+    with db.write() as connection:
+        retried = _retry(connection, job_id, who)
+        _set_paused(connection, job_id, False, who)
+        return retried
+
+
+def _retry(connection: Connection, job_id: int, who: str) -> int:
+    # no worker held it under this attempt: a refund that comes late finds nothing to give back
+    fresh = {"state": TaskState.READY, "attempt": 0, "run_after": 0.0, "worker": None}
+    dead = (task.c.job_id == job_id, task.c.state == TaskState.DEAD)
+    kinds = connection.execute(update(task).where(*dead).values(fresh).returning(task.c.kind)).scalars().all()
+    if not kinds:
+        return 0
+    if not reopen_job(connection, job_id, kinds):
+        raise BadInput(f"job {job_id} was cancelled, and what was left of it is gone; submit it again.")
+    events.record(connection, job_id, who, What.RETRIED, tasks=len(kinds))
     return len(kinds)
+
+
+def dead_tasks(db: Database, job_id: int) -> list[DeadTask]:
+    """The job's tasks whose last attempt failed, in order."""
+    chosen = select(*(task.c[name] for name in DeadTask.__dataclass_fields__))
+    dead = chosen.where(task.c.job_id == job_id, task.c.state == TaskState.DEAD).order_by(task.c.id)
+    with db.read() as connection:
+        return [DeadTask(*row) for row in connection.execute(dead)]
 
 
 def job(db: Database, job_id: int) -> JobRow:

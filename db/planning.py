@@ -7,8 +7,10 @@ from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
 
+from db import events
 from db.clock import now
 from db.errors import BadInput
+from db.events import What
 from db.queue import NEW_TASK, Lease, complete, storable
 from db.records import JobState, PlannedBenchmark, PlannedPolicy
 from db.session import Database
@@ -47,6 +49,7 @@ def plan_job(
             n_batches = ceil(len(planned.samples) / pinned["batch_size"])
             benchmark_id = ids[planned.content_hash]
             _add_shards(connection, lease.job_id, priority, n_batches, pinned["shard_batches"], benchmark_id)
+        events.record(connection, lease.job_id, lease.worker, What.PLANNED)
 
 
 def _check(benchmarks: Sequence[PlannedBenchmark], policies: Sequence[PlannedPolicy]) -> None:

@@ -1,38 +1,49 @@
 """The queue: who works on what. Every change of hands is fenced by an epoch; all times are the database's."""
 
-from collections.abc import Iterable
+import random
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Double,
-    RowMapping,
-    Update,
-    and_,
-    bindparam,
-    delete,
-    exists,
-    insert,
-    literal_column,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import Connection, RowMapping, Update, and_, insert, or_, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from db import events, schema
+from db.claims import LEASED, Lease, claim, hungry
 from db.clock import now
 from db.errors import BadInput, LeaseLost
+from db.events import What
 from db.records import JobState, TaskState
 from db.session import Database
-from db.tables import idle_worker, job, task
+from db.tables import job, task
+
+__all__ = [
+    "MAX_ATTEMPTS",
+    "NEW_TASK",
+    "OPEN",
+    "SUSPECT_DEATHS",
+    "Lease",
+    "Reaped",
+    "Renewal",
+    "back_off_seconds",
+    "claim",
+    "complete",
+    "end_job",
+    "fail",
+    "give_back",
+    "reap",
+    "refund",
+    "renew",
+    "reopen_job",
+    "split",
+    "storable",
+]
 
 MAX_ATTEMPTS = 4
 #: deaths of the process on one shard that make it a suspect
 SUSPECT_DEATHS = 2
-#: a worker that asked in vain within this time counts as waiting; workers ask more often
-IDLE_SECONDS = 5
+#: the longest pause before a failed attempt is followed by another
+MOST_BACK_OFF_SECONDS = 300.0
 
 OPEN = (TaskState.READY, TaskState.LEASED)
 #: what a task begins with
@@ -47,28 +58,6 @@ NEW_TASK: dict[str, Any] = {
     "deaths": 0,
     "guilty": [],
 }
-#: spelled out, not bound: so that SQLite uses the partial indices
-READY = task.c.state == literal_column("'ready'")
-LEASED = task.c.state == literal_column("'leased'")
-
-
-@dataclass(frozen=True)
-class Lease:
-    """A task held by one worker until the lease ends or the epoch moves on."""
-
-    task_id: int
-    job_id: int
-    kind: str  #: "prepare" or "shard"
-    epoch: int
-    attempt: int  #: from 1
-    lease_seconds: float
-    benchmark_id: int | None = None  #: of a shard
-    first_batch: int = 0  #: of a shard
-    end_batch: int = 0  #: of a shard; one past the last
-    #: the shard is a suspect: from this batch on samples run alone, announced by `renew(alone=...)`; None: it is not
-    isolated_from: int | None = None
-    #: positions of samples (in the benchmark) that ended the process when they ran alone: they get an error outcome
-    guilty: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,58 +78,6 @@ class Reaped:
     dead: bool  #: it was the last attempt
 
 
-def _claim(*of_job: ColumnElement[bool]) -> ReturningUpdate[Any]:
-    """Built once: building takes longer than running. Parameters: of_kind, by_worker, for_seconds (and of_job)."""
-    chosen = (
-        select(task.c.id)
-        .where(READY, task.c.kind == bindparam("of_kind"), task.c.run_after <= now(), *of_job)
-        .order_by(task.c.priority.desc(), task.c.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-        .scalar_subquery()
-    )
-    return (
-        update(task)
-        .where(task.c.id == chosen)
-        .values(
-            state=TaskState.LEASED,
-            epoch=task.c.epoch + 1,
-            attempt=task.c.attempt + 1,
-            worker=bindparam("by_worker"),
-            lease_until=now() + bindparam("for_seconds", type_=Double),
-            done_batches=0,
-            alone=None,
-        )
-        .returning(*task.c)
-    )
-
-
-_CLAIM = _claim()
-_CLAIM_OF_JOB = _claim(task.c.job_id == bindparam("of_job"))
-
-
-def claim(
-    db: Database, worker: str, *, kind: str, lease_seconds: float = 30, job_id: int | None = None
-) -> Lease | None:
-    """Take the next ready task of this kind, by priority and age; None when there is none."""
-    asked: dict[str, Any] = {"of_kind": kind, "by_worker": worker, "for_seconds": lease_seconds}
-    take = _CLAIM
-    if job_id is not None:
-        take, asked["of_job"] = _CLAIM_OF_JOB, job_id
-    with db.write() as connection:
-        row = connection.execute(take, asked).mappings().one_or_none()
-        if row is None:
-            _remember_idle(connection, worker)
-            return None
-        if kind == "shard":
-            connection.execute(
-                update(job)
-                .where(job.c.id == row["job_id"], job.c.state == JobState.READY)
-                .values(state=JobState.RUNNING, started_at=now())
-            )
-        return _lease(row, lease_seconds)
-
-
 def renew(db: Database, lease: Lease, done_batches: int, *, alone: int | None = None) -> Renewal:
     """Hold the lease for another `lease_seconds` and report progress. Never waits for the commit of its own shard.
 
@@ -157,7 +94,7 @@ def renew(db: Database, lease: Lease, done_batches: int, *, alone: int | None = 
     with db.write() as connection:
         row = connection.execute(extend).one_or_none()
         if row is not None:
-            return Renewal(cancelled=False, hungry=lease.kind == "shard" and _hungry(connection, row.worker))
+            return Renewal(cancelled=False, hungry=lease.kind == "shard" and hungry(connection, lease, row.worker))
         return _not_renewed(connection, lease)
 
 
@@ -175,7 +112,8 @@ def complete(connection: Connection, lease: Lease) -> bool:
     """The fence: first statement of the transaction that commits a task's results.
 
     True: the task is done by this transaction. False: it was done before under this very lease (a COMMIT whose answer
-    was lost); write nothing more. Raises `LeaseLost`: roll back.
+    was lost); write nothing more. Raises `LeaseLost`, and `OlderSchema` or `NewerSchema` where the database is not this
+    version's any more: roll back.
     """
     return _fence(connection, lease, TaskState.DONE) is not None
 
@@ -201,12 +139,16 @@ def fail(db: Database, lease: Lease, error: str, *, refund: bool = False) -> boo
         if attempt >= MAX_ATTEMPTS + len(row["guilty"]):
             _bury(connection, row, error)
         else:
+            later = now() + back_off_seconds(row["attempt"])
             connection.execute(
-                _change(row).values(
-                    **_READY_AGAIN, attempt=attempt, error=storable(error), run_after=now() + 2.0 ** row["attempt"]
-                )
+                _change(row).values(**_READY_AGAIN, attempt=attempt, error=storable(error), run_after=later)
             )
         return True
+
+
+def back_off_seconds(attempt: int) -> float:
+    """How long to wait after a failed attempt: twice as long each time, and not all at the same moment."""
+    return min(2.0**attempt * random.uniform(0.5, 1.5), MOST_BACK_OFF_SECONDS)
 
 
 def split(connection: Connection, lease: Lease, at_batch: int) -> Lease | None:
@@ -248,19 +190,25 @@ def reap(db: Database, *, dead_workers: Iterable[str] = ()) -> list[Reaped]:
     call `refund` for what this returns.
     """
     silent = or_(task.c.lease_until < now(), task.c.worker.in_(list(dead_workers)))
+    expired = select(task).where(LEASED, silent).order_by(task.c.job_id, task.c.id)
     with db.write() as connection:
-        rows = connection.execute(select(task).where(LEASED, silent).with_for_update(skip_locked=True))
-        return [_reap_one(connection, row) for row in rows.mappings().all()]
+        # by job: each is held from its first event on, and two reapers shall not wait for each other
+        rows = connection.execute(expired.with_for_update(skip_locked=True)).mappings().all()
+        return [_reap_one(connection, row) for row in rows]
 
 
 def _reap_one(connection: Connection, row: RowMapping) -> Reaped:
     """A sample that ran alone is guilty; otherwise the second death makes a suspect of all that was not yet done."""
     error = f"worker {row['worker']} went silent during attempt {row['attempt']}"
     guilty, isolated_from, deaths = list(row["guilty"]), row["isolated_from"], row["deaths"] + 1
+    events.record(connection, row["job_id"], row["worker"], What.REAPED, task=row["id"], attempt=row["attempt"])
     if row["alone"] is not None:
         guilty.append(row["alone"])
     elif row["kind"] == "shard" and deaths >= SUSPECT_DEATHS and isolated_from is None:
         isolated_from = min(row["first_batch"] + row["done_batches"], row["end_batch"] - 1)
+        events.record(
+            connection, row["job_id"], row["worker"], What.SUSPECT, task=row["id"], isolated_from=isolated_from
+        )
     dead = row["attempt"] >= MAX_ATTEMPTS + len(guilty)
     connection.execute(_change(row).values(deaths=deaths, guilty=guilty, isolated_from=isolated_from))
     if dead:
@@ -271,22 +219,28 @@ def _reap_one(connection: Connection, row: RowMapping) -> Reaped:
 
 
 def refund(db: Database, task_id: int, epoch: int) -> bool:
-    """Undo the attempt and the death that `reap` counted at this epoch. False when the task has moved on."""
+    """Undo the attempt and the death that `reap` counted at this epoch, and the failure of the job that this caused.
+
+    False when the task has moved on, or was refunded before.
+    """
     reaped = and_(
         task.c.id == task_id,
         task.c.epoch == epoch,
         task.c.state.in_([TaskState.READY, TaskState.DEAD]),
+        task.c.worker.is_not(None),
         task.c.deaths > 0,
     )
     with db.write() as connection:
         row = connection.execute(select(task).where(reaped).with_for_update()).mappings().one_or_none()
-        if row is None:
+        if row is None or (row["state"] == TaskState.DEAD and not reopen_job(connection, row["job_id"], [row["kind"]])):
             return False
+        events.record(connection, row["job_id"], row["worker"], What.REFUNDED, task=row["id"])
         deaths = row["deaths"] - 1
         connection.execute(
             _change(row).values(
                 state=TaskState.READY,
                 attempt=row["attempt"] - 1,
+                worker=None,
                 deaths=deaths,
                 guilty=[place for place in row["guilty"] if place != row["alone"]],
                 isolated_from=row["isolated_from"] if deaths >= SUSPECT_DEATHS else None,
@@ -296,18 +250,33 @@ def refund(db: Database, task_id: int, epoch: int) -> bool:
         return True
 
 
-def end_job(connection: Connection, job_id: int, state: JobState, error: str | None) -> bool:
+def end_job(connection: Connection, job_id: int, state: JobState, error: str | None, who: str) -> bool:
     """End a job before its time: open tasks are cancelled, their epochs move on. False when it had ended before."""
+    reason = {} if error is None else {"error": storable(error)}
     _cancel_open_tasks(connection, job_id)
     ended = (
         update(job)
         .where(job.c.id == job_id, job.c.state.in_([s for s in JobState if not s.ended]))
-        .values(state=state, error=error and storable(error), finished_at=now())
+        .values(state=state, error=reason.get("error"), finished_at=now())
     )
     done = connection.execute(ended).rowcount == 1
+    if done:
+        what = What.CANCELLED if state is JobState.CANCELLED else What.FAILED
+        events.record(connection, job_id, who, what, **reason)
     # once more: the first statement may have waited for a prepare task that was just planning the shards
     _cancel_open_tasks(connection, job_id)
     return done
+
+
+def reopen_job(connection: Connection, job_id: int, kinds: Collection[str]) -> bool:
+    """Let a job go on whose dead tasks, of these kinds, become ready again. False when it was cancelled."""
+    state = JobState.PREPARING if "prepare" in kinds else JobState.RUNNING
+    again = (
+        update(job)
+        .where(job.c.id == job_id, job.c.state != JobState.CANCELLED)
+        .values(state=state, error=None, finished_at=None)
+    )
+    return connection.execute(again).rowcount == 1
 
 
 def _cancel_open_tasks(connection: Connection, job_id: int) -> None:
@@ -336,6 +305,7 @@ def _change(row: RowMapping) -> Update:
 
 def _fence(connection: Connection, lease: Lease, state: TaskState) -> RowMapping | None:
     """Move a held task to its final state. None: it is there already, moved under this very lease."""
+    schema.hold(connection)
     move: ReturningUpdate[Any] = (
         update(task).where(*_held(lease)).values(state=state, lease_until=None).returning(*task.c)
     )
@@ -355,33 +325,6 @@ def _lost(lease: Lease) -> LeaseLost:
 def _bury(connection: Connection, row: RowMapping, error: str) -> None:
     connection.execute(_change(row).values(state=TaskState.DEAD, lease_until=None, error=storable(error)))
     if row["kind"] == "prepare":
-        end_job(connection, row["job_id"], JobState.FAILED, error)
-
-
-def _remember_idle(connection: Connection, worker: str) -> None:
-    connection.execute(delete(idle_worker).where(idle_worker.c.worker == worker))
-    connection.execute(insert(idle_worker).values(worker=worker, asked_at=now()))
-
-
-def _hungry(connection: Connection, worker: str) -> bool:
-    """Whether nothing is ready while another worker, which holds nothing, asked in vain a moment ago."""
-    busy = exists().where(LEASED, task.c.worker == idle_worker.c.worker)
-    waiting = exists().where(idle_worker.c.worker != worker, idle_worker.c.asked_at > now() - IDLE_SECONDS, ~busy)
-    ready = exists().where(READY, task.c.kind == "shard")
-    return bool(connection.execute(select(and_(waiting, ~ready))).scalar_one())
-
-
-def _lease(row: RowMapping, lease_seconds: float) -> Lease:
-    return Lease(
-        task_id=row["id"],
-        job_id=row["job_id"],
-        kind=row["kind"],
-        epoch=row["epoch"],
-        attempt=row["attempt"],
-        lease_seconds=lease_seconds,
-        benchmark_id=row["benchmark_id"],
-        first_batch=row["first_batch"],
-        end_batch=row["end_batch"],
-        isolated_from=row["isolated_from"],
-        guilty=tuple(row["guilty"]),
-    )
+        end_job(connection, row["job_id"], JobState.FAILED, error, row["worker"])
+    else:
+        events.record(connection, row["job_id"], row["worker"], What.SHARD_DEAD, task=row["id"], error=storable(error))

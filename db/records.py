@@ -201,6 +201,20 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class DeadTask:
+    """A task whose last attempt failed; `db.jobs.retry_job` gives it fresh ones."""
+
+    id: int
+    kind: str  #: "prepare" or "shard"
+    benchmark_id: int | None  #: of a shard, as the next two
+    first_batch: int
+    end_batch: int  #: one past the last
+    attempt: int  #: the last one
+    worker: str | None  #: who made it
+    error: str | None
+
+
+@dataclass(frozen=True)
 class CompletionRow:
     """An outcome together with its run and its sample: what reports and exports read."""
 

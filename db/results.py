@@ -5,9 +5,10 @@ from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
 
-from db import queue
+from db import events, queue
 from db.clock import now
 from db.errors import RecordError
+from db.events import What
 from db.jobs import has_open_tasks, last_error, runs_of
 from db.queue import Lease
 from db.readings import completions, run_data, samples_of, tokens
@@ -112,12 +113,13 @@ def _ready_to_end(connection: Connection, job_id: int) -> bool:
 
 def _end(connection: Connection, job_id: int) -> bool:
     """Move the job to its last state. Of two that try at once one waits for the other, and then finds the job ended."""
-    connection.execute(select(job.c.id).where(job.c.id == job_id).with_for_update())
+    whose = connection.execute(select(job.c.principal).where(job.c.id == job_id).with_for_update()).scalar_one()
     if not _ready_to_end(connection, job_id):
         return False
     error = _deaths(connection, job_id)
-    state = JobState.DONE if error is None else JobState.FAILED
+    state, what = (JobState.DONE, What.DONE) if error is None else (JobState.FAILED, What.FAILED)
     connection.execute(update(job).where(job.c.id == job_id).values(state=state, error=error, finished_at=now()))
+    events.record(connection, job_id, whose, what, **({} if error is None else {"error": error}))
     return True
 
 

@@ -3,12 +3,13 @@
 from functools import cache
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, inspect
+from sqlalchemy import Connection, Select, column, inspect, select, table
 
 from db.errors import BadInput, NewerSchema, OlderSchema
 from db.reader import grant_reader
@@ -31,6 +32,20 @@ def check(connection: Connection, shown: str) -> bool:
     )
 
 
+def hold(connection: Connection) -> None:
+    """See that the schema is still this version's; a migration waits until the transaction has ended.
+
+    For transactions of processes that may outlive an upgrade. Raises as `check` does.
+    """
+    if connection.execute(_HELD).scalar_one_or_none() != head():
+        check(connection, connection.engine.url.render_as_string(hide_password=True))
+
+
+_WRITTEN: Select[Any] = select(column("version_num")).select_from(table("alembic_version"))
+#: the lock that a foreign key takes: all who hold the schema share it
+_HELD = _WRITTEN.with_for_update(read=True, key_share=True)
+
+
 def migrate(connection: Connection, shown: str) -> tuple[str | None, str]:
     """Run the missing migrations inside the caller's transaction. Returns the revision before and after."""
     found = _revision(connection)
@@ -38,6 +53,8 @@ def migrate(connection: Connection, shown: str) -> tuple[str | None, str]:
         _refuse_strangers(connection, shown)
     else:
         _refuse_newer(found, shown)
+        # first of all: one who holds the schema may still need a table that a migration would lock
+        connection.execute(_WRITTEN.with_for_update())
     config = _config()
     config.attributes["connection"] = connection
     with _one_at_a_time:

@@ -177,15 +177,16 @@ task = Table(
     Index("ix_task_job_id", "job_id"),
 )
 _READY, _LEASED = task.c.state == "ready", task.c.state == "leased"
+# in the order of claims; by the id alone PostgreSQL would at times go through the tasks of all jobs to find one's first
 Index(
-    "ix_task_ready",
+    "ix_task_ready_of_job",
+    task.c.job_id,
     task.c.kind,
-    task.c.priority.desc(),
+    task.c.run_after,
     task.c.id,
     sqlite_where=_READY,
     postgresql_where=_READY,
 )
-Index("ix_task_ready_of_job", task.c.job_id, task.c.kind, task.c.id, sqlite_where=_READY, postgresql_where=_READY)
 Index("ix_task_leased", task.c.lease_until, sqlite_where=_LEASED, postgresql_where=_LEASED)
 
 #: workers that asked for a shard in vain, and when

@@ -62,7 +62,11 @@ def _front(
 for command in (
     jobs.run,
     jobs.validate,
+    jobs.submit,
+    jobs.pause,
     jobs.resume,
+    jobs.retry,
+    jobs.cancel,
     jobs.list_jobs,
     jobs.show,
     jobs.report,

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cluster.cli.options import DatabaseUrl, HtmlFile, Inline, JobId, JsonFlag, Overrides, SpecFile, Workers
+from cluster.cli.options import DatabaseUrl, HtmlFile, Inline, JobId, JsonFlag, Key, Overrides, SpecFile, Workers
 from cluster.cli.output import note, print_json, print_table
 from cluster.cli.start import opened, start, writable
 
 if TYPE_CHECKING:
     from cluster.settings import Settings
-    from db.records import JobState
+    from db.records import DeadTask, JobRow, JobState
     from db.session import Database
 
 
@@ -34,9 +34,30 @@ def run(
     with opened(settings) as db:
         job_id = jobs.submit(db, asked)
         note(f"job {job_id}: submitted")
-        state = _work(db, job_id, settings, inline, database)
-        _report(db, job_id, page, as_json)
-        _end(db, job_id, state)
+        state = work_on(db, job_id, settings, inline, database)
+        print_job_report(db, job_id, page, as_json)
+        end(db, job_id, state)
+
+
+def submit(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    key: Key = None,
+    database: DatabaseUrl = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Submit a job and print its number; `resume` works on it."""
+    from cluster import jobs
+    from cluster.spec import read_job
+
+    settings = start(database)
+    asked = read_job(spec, overrides or [])
+    with opened(settings) as db:
+        job_id = jobs.submit(db, asked, spec_folder(spec), idempotency_key=key)
+    if as_json:
+        print_json({"job": job_id})
+    else:
+        print(job_id)
 
 
 def resume(
@@ -47,15 +68,51 @@ def resume(
     database: DatabaseUrl = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Go on with a job that was interrupted or failed; report."""
+    """Go on with a job that was paused, was interrupted or failed; report."""
     from db.jobs import resume_job
 
     settings, page = start(database, workers), writable(html)
     with opened(settings, create=False) as db:
         resume_job(db, job)
-        state = _work(db, job, settings, inline, database)
-        _report(db, job, page, as_json)
-        _end(db, job, state)
+        state = work_on(db, job, settings, inline, database)
+        print_job_report(db, job, page, as_json)
+        end(db, job, state)
+
+
+def pause(job: JobId, database: DatabaseUrl = None, as_json: JsonFlag = False) -> None:
+    """Let no more shards of a job begin; those in hand are finished."""
+    from db.jobs import pause_job
+
+    with opened(start(database), create=False) as db:
+        _not_ended(db, job, "paused")
+        pause_job(db, job)
+        _answer(db, job, "paused", as_json)
+
+
+def retry(job: JobId, database: DatabaseUrl = None, as_json: JsonFlag = False) -> None:
+    """Give the dead tasks of a job fresh attempts, for whoever works on it."""
+    from db.errors import BadInput
+    from db.jobs import job as read_row
+    from db.jobs import retry_job
+
+    with opened(start(database), create=False) as db:
+        row = read_row(db, job)
+        tasks = retry_job(db, job)
+        if not tasks:
+            raise BadInput(
+                f"job {job} is {row.state} and has no dead task to retry; `shortstop show {job}` tells more."
+            )
+        _answer(db, job, f"dead tasks that are ready again: {tasks}", as_json)
+
+
+def cancel(job: JobId, database: DatabaseUrl = None, as_json: JsonFlag = False) -> None:
+    """End a job before its time; what is done is kept."""
+    from db.jobs import cancel_job
+
+    with opened(start(database), create=False) as db:
+        _not_ended(db, job, "cancelled")
+        cancel_job(db, job)
+        _answer(db, job, "cancelled", as_json)
 
 
 def validate(spec: SpecFile, overrides: Overrides = None, as_json: JsonFlag = False) -> None:
@@ -93,7 +150,7 @@ def list_jobs(database: DatabaseUrl = None, as_json: JsonFlag = False) -> None:
     print_table(
         columns,
         [
-            (row.id, row.name, row.state, row.spec["model"], moment(row.created_at), moment(row.finished_at))
+            (row.id, row.name, _state(row), row.spec["model"], moment(row.created_at), moment(row.finished_at))
             for row in rows
         ],
     )
@@ -101,18 +158,18 @@ def list_jobs(database: DatabaseUrl = None, as_json: JsonFlag = False) -> None:
 
 def show(job: JobId, database: DatabaseUrl = None, as_json: JsonFlag = False) -> None:
     """One job: its state, how far it is, its spec."""
+    from db.jobs import dead_tasks, progress, runs
     from db.jobs import job as read_row
-    from db.jobs import progress, runs
 
     with opened(start(database), create=False) as db:
-        row, state, its_runs = read_row(db, job), progress(db, job), runs(db, job)
+        row, state, its_runs, dead = read_row(db, job), progress(db, job), runs(db, job), dead_tasks(db, job)
     if as_json:
-        print_json({"job": row, "progress": state, "runs": its_runs})
+        print_json({"job": row, "progress": state, "runs": its_runs, "dead": dead})
         return
     shards = ", ".join(f"{count} {name}" for name, count in state.shards.items() if count)
     facts = [
         ("job", f"{row.id} {row.name}"),
-        ("state", row.state),
+        ("state", _state(row)),
         ("batches", f"{state.batches_done} of {state.batches_total}"),
         ("shards", shards or "none yet"),
         ("errors", state.errors),
@@ -120,6 +177,13 @@ def show(job: JobId, database: DatabaseUrl = None, as_json: JsonFlag = False) ->
         ("reason", row.error or state.last_error),
     ]
     print_table(("", ""), [fact for fact in facts if fact[1] is not None])
+    if dead:
+        print(f"\ndead, until `shortstop retry {job}` or `shortstop resume {job}`:")
+        print_table(
+            ("task", "batches", "attempts", "worker", "last error"),
+            [(one.id, _batches(one), one.attempt, one.worker, one.error) for one in dead],
+        )
+        print()
     print(_yaml(row.spec), end="")
 
 
@@ -127,7 +191,35 @@ def report(job: JobId, html: HtmlFile = None, database: DatabaseUrl = None, as_j
     """The report of a job, finished or under way."""
     settings, page = start(database), writable(html)
     with opened(settings, create=False) as db:
-        _report(db, job, page, as_json)
+        print_job_report(db, job, page, as_json)
+
+
+def _not_ended(db: "Database", job_id: int, wish: str) -> None:
+    """Raises `BadInput` where the job has ended."""
+    from db.errors import BadInput
+    from db.jobs import job as read_row
+
+    state = read_row(db, job_id).state
+    if state.ended:
+        raise BadInput(f"job {job_id} is {state}; only a job that has not ended can be {wish}.")
+
+
+def _answer(db: "Database", job_id: int, sentence: str, as_json: bool) -> None:
+    """What became of a job: the sentence, or its row as JSON."""
+    from db.jobs import job as read_row
+
+    if as_json:
+        print_json(read_row(db, job_id))
+    else:
+        print(f"job {job_id}: {sentence}")
+
+
+def _state(row: "JobRow") -> str:
+    return f"{row.state}, paused" if row.paused and not row.state.ended else row.state
+
+
+def _batches(dead: "DeadTask") -> str:
+    return f"{dead.first_batch} to {dead.end_batch - 1}" if dead.kind == "shard" else dead.kind
 
 
 def spec_folder(spec: str) -> Path:
@@ -135,7 +227,7 @@ def spec_folder(spec: str) -> Path:
     return Path.cwd() if spec == "-" else Path(spec).absolute().parent
 
 
-def _work(db: "Database", job_id: int, settings: "Settings", inline: bool, database: str | None) -> "JobState":
+def work_on(db: "Database", job_id: int, settings: "Settings", inline: bool, database: str | None) -> "JobState":
     """Work until the job has ended. Ctrl-C ends the command with the one that goes on."""
     from cluster import jobs
     from cluster.cli.progress import show_job, watch
@@ -156,7 +248,7 @@ def _work(db: "Database", job_id: int, settings: "Settings", inline: bool, datab
         raise typer.Exit(130) from None
 
 
-def _end(db: "Database", job_id: int, state: "JobState") -> None:
+def end(db: "Database", job_id: int, state: "JobState") -> None:
     """The exit code of a job that is not done, and why it is not."""
     from db.jobs import JobState, job
 
@@ -166,7 +258,8 @@ def _end(db: "Database", job_id: int, state: "JobState") -> None:
         raise typer.Exit(1)
 
 
-def _report(db: "Database", job_id: int, page: Path | None, as_json: bool) -> None:
+def print_job_report(db: "Database", job_id: int, page: Path | None, as_json: bool) -> None:
+    """The report on standard output, and the page in its file."""
     from cluster.reports.build import build_report
     from cluster.reports.decoder import decoder
 

@@ -25,6 +25,12 @@ HtmlFile = Annotated[
     str | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file as well.")
 ]
 SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file; - reads standard input.")]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        "--key", metavar="KEY", help="The same key and spec again are the same job: for a script that retries."
+    ),
+]
 JobId = Annotated[
     int, typer.Argument(metavar="JOB", min=1, max=2**31 - 1, help="The job's number, as `shortstop list` prints it.")
 ]

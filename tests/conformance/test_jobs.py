@@ -12,7 +12,8 @@ from db import jobs, queue, results
 from db.errors import BadInput, LeaseLost
 from db.jobs import JobState, PlannedBenchmark
 from db.session import Database
-from db.tables import benchmark, run, sample, task
+from db.tables import benchmark, job_event, run, sample, task
+from db.tables import job as job_table
 
 PINNED = {"batch_size": 2, "shard_batches": 2}
 
@@ -222,6 +223,90 @@ def test_a_job_resumed_while_its_summaries_are_made_is_not_ended(db: Database) -
     work(db)
     assert results.finalise(db, job_id, summarise)
     assert jobs.job(db, job_id).state is JobState.DONE
+
+
+def test_retry_gives_dead_tasks_fresh_attempts(db: Database) -> None:
+    """Also while the rest of the job is still worked on; the dead are listed with the reason."""
+    job_id = planned_job(db, 8)
+    for attempt in range(queue.MAX_ATTEMPTS):
+        lease = claimed(db)
+        queue.fail(db, lease, f"error {attempt}")
+        with db.write() as connection:
+            connection.execute(task.update().values(run_after=0))
+    [dead] = jobs.dead_tasks(db, job_id)
+    assert (dead.id, dead.kind, dead.attempt, dead.worker) == (lease.task_id, "shard", 4, "worker")
+    assert (dead.benchmark_id, dead.first_batch, dead.end_batch, dead.error) == (lease.benchmark_id, 0, 2, "error 3")
+
+    assert jobs.retry_job(db, job_id) == 1
+    assert jobs.dead_tasks(db, job_id) == []
+    again = claimed(db)
+    assert (again.task_id, again.attempt, again.epoch) == (lease.task_id, 1, lease.epoch + 1)
+    assert jobs.retry_job(db, job_id) == 0
+    assert jobs.job(db, job_id).state is JobState.RUNNING
+
+
+def test_a_dead_prepare_task_is_retried(db: Database) -> None:
+    job_id = jobs.create_job(db, name="made", spec={})
+    for _ in range(queue.MAX_ATTEMPTS):
+        queue.claim(db, "doomed", kind="prepare")
+        queue.reap(db, dead_workers=["doomed"])
+    assert [dead.kind for dead in jobs.dead_tasks(db, job_id)] == ["prepare"]
+    assert jobs.retry_job(db, job_id) == 1
+    plan(db, queue.claim(db, "preparer", kind="prepare"), planned_benchmark(3))
+    assert jobs.job(db, job_id).state is JobState.READY
+
+
+def test_a_cancelled_job_stays_cancelled(db: Database) -> None:
+    """What was open then is gone: with its dead shards alone it would end as done and lack samples."""
+    job_id = planned_job(db, 8)
+    for _ in range(queue.MAX_ATTEMPTS):
+        claimed(db, "doomed")
+        queue.reap(db, dead_workers=["doomed"])
+    jobs.cancel_job(db, job_id)
+    for again in (jobs.retry_job, jobs.resume_job):
+        with pytest.raises(BadInput, match=f"job {job_id} was cancelled"):
+            again(db, job_id)
+    assert jobs.finished(db, job_id)
+    assert jobs.job(db, job_id).state is JobState.CANCELLED
+
+
+def test_a_job_is_paused_until_it_is_resumed(db: Database) -> None:
+    job_id = planned_job(db)
+    assert jobs.pause_job(db, job_id)
+    assert not jobs.pause_job(db, job_id)
+    assert jobs.job(db, job_id).paused
+    assert jobs.resume_job(db, job_id) == 0
+    assert not jobs.job(db, job_id).paused
+    assert not jobs.unpause_job(db, job_id)
+    work(db)
+    results.finalise(db, job_id, summarise)
+    assert not jobs.pause_job(db, job_id), "it has ended"
+
+
+def test_the_same_key_again_is_the_same_job(db: Database) -> None:
+    """A client that lost the answer asks again, and nothing is written twice."""
+    asked = {"name": "made", "spec": {"a": 1}, "idempotency_key": "k"}
+    job_id = jobs.create_job(db, **asked, body_hash="h")
+    assert jobs.create_job(db, **asked, body_hash="h") == job_id
+    with pytest.raises(BadInput, match=f"key 'k' belongs to job {job_id}, which was submitted with another spec"):
+        jobs.create_job(db, **asked, body_hash="other")
+    assert (count(db, job_table), count(db, task), count(db, job_event)) == (1, 1, 1)
+    assert jobs.create_job(db, **asked, body_hash="other", principal="ada") != job_id, "another's key"
+    assert jobs.job(db, job_id).principal == "local"
+    without = [jobs.create_job(db, name="made", spec={}) for _ in range(2)]
+    assert without[0] != without[1]
+
+
+def test_of_eight_submits_at_once_under_one_key_one_writes(db: Database) -> None:
+    start = threading.Barrier(8)
+
+    def submit(_: int) -> int:
+        start.wait()
+        return jobs.create_job(db, name="made", spec={}, idempotency_key="k", body_hash="h")
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(submit, range(8)))) == 1
+    assert (count(db, job_table), count(db, task)) == (1, 1)
 
 
 def test_failing_a_job_keeps_the_reason(db: Database) -> None:

@@ -1,18 +1,21 @@
 """The queue: nothing is given twice, nothing is lost, and nobody writes under a lease that is gone."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from made import claimed, planned_job, results_of, work
-from sqlalchemy import func, select, text
+from made import claimed, planned_job, results_of, summarise, work
+from sqlalchemy import Connection, func, select, text
 
-from db import jobs, queue, results
-from db.errors import BadInput, LeaseLost, RecordError, Unavailable
+from db import claims, jobs, queue, results, schema
+from db.clock import now
+from db.errors import BadInput, LeaseLost, NewerSchema, OlderSchema, RecordError, Unavailable
 from db.jobs import JobState
 from db.session import Database
-from db.tables import metadata, outcome, task
+from db.tables import job, metadata, outcome, task
+from workers.holding import Holding
 
 
 def row(db: Database, task_id: int):
@@ -39,8 +42,9 @@ def extents(db: Database, job_id: int, *states: str) -> list[tuple[int, int]]:
 
 
 def test_eight_claimers_at_once_never_get_the_same_shard(db: Database) -> None:
-    """Guards the claim: red on PostgreSQL without `with_for_update(skip_locked=True)` in db/queue.py."""
-    planned_job(db, 80, batch_size=1, shard_batches=1)
+    """Guards the claim: red on PostgreSQL without `with_for_update(skip_locked=True)` in db/claims.py."""
+    planned_job(db, 40, batch_size=1, shard_batches=1)
+    planned_job(db, 40, batch_size=1, shard_batches=1)
     start = threading.Barrier(8)
 
     def claim_all(worker: int) -> list[int]:
@@ -63,6 +67,101 @@ def test_claims_go_by_priority_then_age_and_stay_within_the_job(db: Database) ->
     assert claimed(db).job_id == urgent
     assert queue.claim(db, "w", kind="shard") is None
     assert queue.claim(db, "w", kind="prepare") is None
+
+
+def shards(db: Database, n: int, **options: int) -> int:
+    """A job of so many shards."""
+    return planned_job(db, n, batch_size=1, shard_batches=1, benchmarks=[f"{n} lines"], **options)
+
+
+def test_jobs_of_one_priority_share_the_workers(db: Database) -> None:
+    """The job with the fewest leased tasks comes next, then the oldest; a higher priority before both."""
+    first, second = shards(db, 6), shards(db, 6)
+    leases = [claimed(db) for _ in range(4)]
+    assert [lease.job_id for lease in leases] == [first, second, first, second]
+    results.commit_shard(db, leases[1], results_of(db, leases[1]))
+    results.commit_shard(db, leases[3], results_of(db, leases[3]))
+    assert [claimed(db).job_id for _ in range(3)] == [second, second, first]
+    urgent, third = shards(db, 2, priority=1), shards(db, 1)
+    assert [claimed(db).job_id for _ in range(4)] == [urgent, urgent, third, second]
+
+
+def test_within_a_job_the_oldest_shard_comes_first(db: Database) -> None:
+    job_id = shards(db, 3)
+    assert [claimed(db, job_id=job_id).first_batch for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_job_without_a_claimable_task_is_passed_over(db: Database) -> None:
+    """Its shards wait after a failure, or are all leased."""
+    first, second = shards(db, 1), shards(db, 3)
+    queue.fail(db, claimed(db, job_id=first), "it broke")
+    assert [claimed(db).job_id for _ in range(2)] == [second, second]
+    assert claimed(db).job_id == second
+
+
+def test_tasks_of_a_paused_job_are_not_claimed(db: Database) -> None:
+    """What is leased is finished; `unpause_job` lets the rest be claimed."""
+    paused, other = shards(db, 3), shards(db, 1)
+    unplanned = jobs.create_job(db, name="made", spec={})
+    lease = claimed(db, job_id=paused)
+    assert jobs.pause_job(db, paused)
+    assert jobs.pause_job(db, unplanned)
+    assert claimed(db).job_id == other
+    assert queue.claim(db, "w", kind="shard") is None
+    assert queue.claim(db, "w", kind="shard", job_id=paused) is None
+    assert queue.claim(db, "w", kind="prepare") is None
+    assert queue.renew(db, lease, 0) == queue.Renewal(cancelled=False, hungry=False)
+    results.commit_shard(db, lease, results_of(db, lease))
+    assert jobs.unpause_job(db, paused)
+    assert claimed(db).job_id == paused
+
+
+# --- at scale -------------------------------------------------------------------------------------------------
+
+NUMBERS = "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < :last)"
+ENDED_JOBS = f"""
+INSERT INTO job (name, spec, state, priority, created_at)
+{NUMBERS} SELECT 'ended', '{{}}', 'done', 0, 0 FROM n
+"""
+MANY_SHARDS = f"""
+INSERT INTO task (job_id, kind, state, priority, epoch, attempt, run_after, first_batch, end_batch, done_batches,
+  deaths, guilty) {NUMBERS} SELECT :job_id, 'shard', 'ready', 0, 0, 0, 0, i, i + 1, 0, 0, '[]' FROM n
+"""
+
+
+def plan_of(connection: Connection, of_job: bool) -> str:
+    """How the database would run the claim."""
+    compiled = claims._CLAIM[connection.dialect.name, of_job].compile(dialect=connection.dialect)
+    asked = {"of_kind": "shard", "by_worker": "w", "for_seconds": 30.0} | ({"one_job": 1} if of_job else {})
+    values = compiled.construct_params(asked)
+    if connection.dialect.name == "sqlite":
+        places = tuple(values[name] for name in compiled.positiontup)
+        rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}", places).all()
+        return "\n".join(str(row[3]) for row in rows)
+    return "\n".join(connection.exec_driver_sql(f"EXPLAIN {compiled}", values).scalars())
+
+
+@pytest.mark.parametrize("analysed", [False, True])
+def test_a_claim_among_100_000_shards_reads_indices_only(db: Database, analysed: bool) -> None:
+    """What a claim costs does not grow with what is queued. Red on SQLite without the zero in `_turns`."""
+    open_jobs = [shards(db, 1) for _ in range(3)]
+    with db.write() as connection:
+        connection.execute(text(ENDED_JOBS), {"last": 2_999})
+        for job_id, n in zip(open_jobs, (90_000, 9_000, 1_000), strict=True):
+            connection.execute(text(MANY_SHARDS), {"last": n - 1, "job_id": job_id})
+        if analysed:
+            connection.execute(text("ANALYZE"))
+    claimed(db)
+    with db.read() as connection:
+        for of_job in (False, True):
+            plan = plan_of(connection, of_job)
+            assert "ix_task_ready_of_job" in plan
+            assert "ix_task_job_id" not in plan
+            assert "Seq Scan" not in plan
+            if not of_job:
+                assert "ix_job_open" in plan
+                assert "ix_task_leased" in plan
+    assert [claimed(db).job_id for _ in range(2)] == open_jobs[1:]
 
 
 def test_a_job_runs_from_its_first_claim(db: Database) -> None:
@@ -217,14 +316,59 @@ def test_attempts_end_and_a_refund_gives_one_back(db: Database) -> None:
     assert claimed(db).attempt == 1
 
 
-def test_a_refund_brings_a_shard_back_from_the_dead(db: Database) -> None:
-    planned_job(db, 2)
+def killed(db: Database, kind: str = "shard") -> queue.Reaped:
+    """The next task, after its last attempt."""
     for _ in range(queue.MAX_ATTEMPTS):
-        claimed(db, "doomed")
+        queue.claim(db, "doomed", kind=kind)
         [reaped] = queue.reap(db, dead_workers=["doomed"])
     assert reaped.dead
+    return reaped
+
+
+def test_a_refund_brings_a_shard_back_from_the_dead(db: Database) -> None:
+    planned_job(db, 2)
+    reaped = killed(db)
     assert queue.refund(db, reaped.task_id, reaped.epoch)
     assert claimed(db).attempt == queue.MAX_ATTEMPTS
+
+
+def test_an_attempt_is_refunded_once(db: Database) -> None:
+    """Also where the answer to the first refund was lost; and never after somebody gave fresh attempts."""
+    job_id = planned_job(db, 2)
+    for _ in range(2):
+        claimed(db, "doomed")
+        [reaped] = queue.reap(db, dead_workers=["doomed"])
+    assert queue.refund(db, reaped.task_id, reaped.epoch)
+    assert not queue.refund(db, reaped.task_id, reaped.epoch)
+    assert row(db, reaped.task_id).attempt == 1
+    for _ in range(queue.MAX_ATTEMPTS - 1):
+        claimed(db, "doomed")
+        [reaped] = queue.reap(db, dead_workers=["doomed"])
+    jobs.retry_job(db, job_id)
+    assert not queue.refund(db, reaped.task_id, reaped.epoch)
+    assert row(db, reaped.task_id).attempt == 0
+
+
+@pytest.mark.parametrize("kind", ["prepare", "shard"])
+def test_a_refund_undoes_the_failure_of_the_job(db: Database, kind: str) -> None:
+    """The last attempt was the node's loss, and the job had failed of it before that was known."""
+    job_id = jobs.create_job(db, name="made", spec={}) if kind == "prepare" else planned_job(db, 2)
+    reaped = killed(db, kind)
+    results.finalise(db, job_id, summarise)
+    assert jobs.job(db, job_id).state is JobState.FAILED
+    assert queue.refund(db, reaped.task_id, reaped.epoch)
+    after = jobs.job(db, job_id)
+    assert after.state is (JobState.PREPARING if kind == "prepare" else JobState.RUNNING)
+    assert (after.error, after.finished_at) == (None, None)
+    assert queue.claim(db, "next", kind=kind, job_id=job_id) is not None
+
+
+def test_a_refund_opens_nothing_in_a_cancelled_job(db: Database) -> None:
+    job_id = shards(db, 2)
+    reaped = killed(db)
+    jobs.cancel_job(db, job_id)
+    assert not queue.refund(db, reaped.task_id, reaped.epoch)
+    assert jobs.finished(db, job_id)
 
 
 def test_a_failed_attempt_waits_and_the_last_one_kills(db: Database) -> None:
@@ -245,6 +389,22 @@ def test_a_refunded_failure_does_not_count(db: Database) -> None:
     lease = claimed(db)
     queue.fail(db, lease, "the node went away", refund=True)
     assert row(db, lease.task_id).attempt == 0
+
+
+def test_pauses_after_failures_grow_vary_and_end(db: Database) -> None:
+    """Twice as long each time, half as much to and fro, never more than five minutes."""
+    planned_job(db, 2)
+    for attempt in (1, 2, 3):
+        lease = claimed(db)
+        queue.fail(db, lease, "it broke")
+        with db.write() as connection:
+            pause = connection.execute(select(task.c.run_after - now()).where(task.c.id == lease.task_id)).scalar_one()
+            connection.execute(task.update().values(run_after=0))
+        assert 2**attempt * 0.5 - 1 < pause <= 2**attempt * 1.5
+    for attempt in range(1, 40):
+        several = {queue.back_off_seconds(attempt) for _ in range(50)}
+        assert all(min(2**attempt * 0.5, 300) <= pause <= min(2**attempt * 1.5, 300) for pause in several)
+        assert len(several) > 1 or attempt > 8
 
 
 def test_a_dead_prepare_task_fails_its_job(db: Database) -> None:
@@ -303,12 +463,112 @@ def test_cancel_takes_leases_away(db: Database) -> None:
     assert jobs.finished(db, job_id)
 
 
+def test_cancel_reaches_a_running_worker_within_one_renewal(db: Database) -> None:
+    """A lease is renewed three times in its length: nobody computes longer than that for nothing."""
+    job_id = planned_job(db)
+    with Holding(db, claimed(db, lease_seconds=1.5)) as holding:
+        jobs.cancel_job(db, job_id)
+        with pytest.raises(LeaseLost, match=f"job {job_id} was cancelled"):
+            keep_checking(holding)
+
+
+def keep_checking(holding: Holding) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        holding.check()
+        time.sleep(0.01)
+
+
+# --- versions -------------------------------------------------------------------------------------------------
+
+
+def set_version(db: Database, version: str) -> None:
+    with db.write() as connection:
+        connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{version}'")
+
+
+@pytest.mark.parametrize(("version", "refusal"), [("9999", NewerSchema), ("0001", OlderSchema)])
+def test_a_worker_of_another_version_is_refused(db: Database, version: str, refusal: type[BadInput]) -> None:
+    """Somebody upgraded the database under it. Red without `schema.hold` in `claim` and in `_fence`."""
+    planned_job(db, 8)
+    unplanned = jobs.create_job(db, name="made", spec={})
+    lease = claimed(db)
+    whole, part = results_of(db, lease), results_of(db, lease, end_batch=1)
+    set_version(db, version)
+    before = contents(db)
+    for act in (
+        lambda: queue.claim(db, "w", kind="shard"),
+        lambda: queue.claim(db, "w", kind="prepare", job_id=unplanned),
+        lambda: results.commit_shard(db, lease, whole),
+        lambda: results.commit_shard(db, lease, part, split_at=1),
+    ):
+        with pytest.raises(refusal, match=f"has schema {version}"):
+            act()
+    assert contents(db) == before
+    set_version(db, schema.head())
+    results.commit_shard(db, lease, whole)
+
+
+def test_an_upgrade_and_a_commit_wait_for_each_other(postgresql_db: Database) -> None:
+    """Neither comes between the other's look and its end. Red without the lock in `schema.hold`."""
+    planned_job(postgresql_db, 8)
+    lease = claimed(postgresql_db)
+    with ThreadPoolExecutor(1) as pool:
+        with postgresql_db.write() as connection:
+            queue.complete(connection, lease)
+            upgrading = pool.submit(set_version, postgresql_db, "9999")
+            until_somebody_waits(connection)
+        upgrading.result(timeout=10)
+        set_version(postgresql_db, schema.head())
+        with postgresql_db.write() as connection:
+            connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+            claiming = pool.submit(queue.claim, postgresql_db, "w", kind="shard")
+            until_somebody_waits(connection)
+        with pytest.raises(NewerSchema):
+            claiming.result(timeout=10)
+
+
+def until_somebody_waits(connection: Connection) -> None:
+    deadline = time.monotonic() + 20
+    while not connection.exec_driver_sql("SELECT count(*) FROM pg_locks WHERE NOT granted").scalar_one():
+        assert time.monotonic() < deadline, "nobody waited for the lock"
+        time.sleep(0.01)
+
+
+# --- what only PostgreSQL can get wrong -----------------------------------------------------------------------
+
+
+def test_a_shard_that_is_just_being_claimed_hides_no_other(postgresql_db: Database) -> None:
+    """The claim goes on to the next task, then to the next job; it does not come back with nothing."""
+    first, second = shards(postgresql_db, 2), shards(postgresql_db, 1)
+    with postgresql_db.write() as connection, ThreadPoolExecutor(1) as pool:
+        held = {"of_kind": "shard", "by_worker": "slow", "for_seconds": 30.0}
+        taken = connection.execute(claims._CLAIM["postgresql", False], held).mappings().one()
+        others = [pool.submit(claimed, postgresql_db).result(timeout=10) for _ in range(2)]
+        assert pool.submit(queue.claim, postgresql_db, "w", kind="shard").result(timeout=10) is None
+    assert (taken["job_id"], taken["first_batch"]) == (first, 0)
+    assert {(lease.job_id, lease.first_batch) for lease in others} == {(first, 1), (second, 0)}
+
+
+def test_claims_of_a_running_job_do_not_wait_for_its_row(postgresql_db: Database) -> None:
+    """Somebody may be finalising, pausing or writing an event."""
+    job_id = shards(postgresql_db, 3)
+    claimed(postgresql_db)
+    with postgresql_db.write() as connection, ThreadPoolExecutor(1) as pool:
+        connection.execute(select(job.c.id).where(job.c.id == job_id).with_for_update())
+        pool.submit(claimed, postgresql_db).result(timeout=10)
+
+
 def test_hunger_shows_only_while_somebody_waits_in_vain(db: Database) -> None:
-    planned_job(db, 4, batch_size=1, shard_batches=2)
+    job_id = planned_job(db, 4, batch_size=1, shard_batches=2)
+    jobs.pause_job(db, shards(db, 1))  # what is ready there is nobody's
     first, second = claimed(db, "a"), claimed(db, "b")
     assert not queue.renew(db, first, 0).hungry, "nobody asked"
     assert queue.claim(db, "c", kind="shard") is None
     assert queue.renew(db, first, 0).hungry
+    jobs.pause_job(db, job_id)
+    assert not queue.renew(db, first, 0).hungry, "nobody could claim what a split leaves"
+    jobs.unpause_job(db, job_id)
     queue.give_back(db, second)
     assert not queue.renew(db, first, 0).hungry, "a shard is ready"
     claimed(db, "c")

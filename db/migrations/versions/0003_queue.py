@@ -17,9 +17,14 @@ def upgrade() -> None:
     op.add_column("job", sa.Column("body_hash", sa.Text()))
     op.add_column("job", sa.Column("paused", sa.Boolean(), nullable=False, server_default=sa.false()))
     op.create_index("uq_job_principal", "job", ["principal", "idempotency_key"], unique=True)
+    op.drop_index("ix_task_ready", "task")
     op.create_index("ix_job_open", "job", [sa.text("priority DESC"), "id"], sqlite_where=OPEN, postgresql_where=OPEN)
     op.create_index(
-        "ix_task_ready_of_job", "task", ["job_id", "kind", "id"], sqlite_where=READY, postgresql_where=READY
+        "ix_task_ready_of_job",
+        "task",
+        ["job_id", "kind", "run_after", "id"],
+        sqlite_where=READY,
+        postgresql_where=READY,
     )
     op.create_table(
         "job_event",

@@ -1,0 +1,186 @@
+"""Claims: whose turn it is, and which task comes next."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    Connection,
+    Double,
+    RowMapping,
+    Select,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    literal_column,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.sql.dml import ReturningUpdate
+
+from db import events, schema
+from db.clock import now
+from db.events import What
+from db.records import JobState, TaskState
+from db.session import Database
+from db.tables import idle_worker, job, task
+
+#: a worker that asked in vain within this time counts as waiting; workers ask more often
+IDLE_SECONDS = 5
+
+#: spelled out, not bound: so that SQLite uses the partial indices
+READY = task.c.state == literal_column("'ready'")
+LEASED = task.c.state == literal_column("'leased'")
+#: of a job whose tasks may be claimed
+CLAIMABLE = and_(
+    job.c.state.in_([literal_column(f"'{state}'") for state in JobState if not state.ended]), ~job.c.paused
+)
+_ZERO: Any = literal_column("0")
+_ONE: Any = literal_column("1")
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A task held by one worker until the lease ends or the epoch moves on."""
+
+    task_id: int
+    job_id: int
+    kind: str  #: "prepare" or "shard"
+    epoch: int
+    attempt: int  #: from 1
+    lease_seconds: float
+    benchmark_id: int | None = None  #: of a shard
+    first_batch: int = 0  #: of a shard
+    end_batch: int = 0  #: of a shard; one past the last
+    #: the shard is a suspect: from this batch on samples run alone, announced by `renew(alone=...)`; None: it is not
+    isolated_from: int | None = None
+    #: positions of samples (in the benchmark) that ended the process when they ran alone: they get an error outcome
+    guilty: tuple[int, ...] = ()
+    worker: str = ""  #: who holds it
+
+
+def _claim(dialect: str, *, of_job: bool) -> ReturningUpdate[Any]:
+    """Built once: building takes longer than running. Parameters: of_kind, by_worker, for_seconds (and one_job).
+
+    What it costs depends on how many jobs are open and how many tasks leased, not on how many are ready.
+    """
+    turns = _turn_of_one() if of_job else _turns()
+    next_task = select(task.c.id).where(READY, task.c.kind == bindparam("of_kind"), task.c.run_after <= now())
+    next_task = next_task.order_by(task.c.run_after, task.c.id).limit(_ONE)
+    if dialect == "postgresql":
+        # Job after job in the order of `turns`, until one has a task that nobody is just taking. No ORDER BY out here:
+        # it could be met by locking a task of every job and sorting them.
+        turn = turns.subquery()
+        found = next_task.where(task.c.job_id == turn.c.id).with_for_update(skip_locked=True).lateral()
+        chosen = select(found.c.id).select_from(turn.join(found, true())).limit(_ONE)
+    else:
+        its_turn = turns.where(next_task.where(task.c.job_id == job.c.id).correlate(job).exists()).limit(_ONE)
+        chosen = next_task.where(task.c.job_id == its_turn.scalar_subquery())
+    return (
+        update(task)
+        .where(task.c.id == chosen.scalar_subquery())
+        .values(
+            state=TaskState.LEASED,
+            epoch=task.c.epoch + 1,
+            attempt=task.c.attempt + 1,
+            worker=bindparam("by_worker"),
+            lease_until=now() + bindparam("for_seconds", type_=Double),
+            done_batches=0,
+            alone=None,
+        )
+        .returning(*task.c, select(job.c.state).where(job.c.id == task.c.job_id).scalar_subquery().label("job_state"))
+    )
+
+
+def _turns() -> Select[Any]:
+    """Jobs in the order in which the next worker is theirs: by priority, by how few tasks are leased, by age."""
+    # without the zero SQLite would find all tasks of all jobs through `ix_task_job_id`, to have them grouped
+    its_job = (task.c.job_id + _ZERO).label("job_id")
+    held = select(its_job, func.count().label("n")).where(LEASED).group_by(its_job).subquery()
+    jobs = select(job.c.id).select_from(job.outerjoin(held, held.c.job_id == job.c.id)).where(CLAIMABLE)
+    return jobs.order_by(job.c.priority.desc(), func.coalesce(held.c.n, _ZERO), job.c.id)
+
+
+def _turn_of_one() -> Select[Any]:
+    return select(job.c.id).where(CLAIMABLE, job.c.id == bindparam("one_job"))
+
+
+#: by dialect, and whether one job is asked for
+_CLAIM = {
+    (dialect, of_job): _claim(dialect, of_job=of_job)
+    for dialect in ("sqlite", "postgresql")
+    for of_job in (False, True)
+}
+
+
+def claim(
+    db: Database, worker: str, *, kind: str, lease_seconds: float = 30, job_id: int | None = None
+) -> Lease | None:
+    """Take the next ready task of this kind; None when there is none.
+
+    Of the jobs that are open, not paused and have such a task the one of the highest priority comes first, then the one
+    with the fewest leased tasks, then the oldest; within a job the oldest task, but those that failed after the others.
+    Raises `OlderSchema`, `NewerSchema`.
+    """
+    asked: dict[str, Any] = {"of_kind": kind, "by_worker": worker, "for_seconds": lease_seconds}
+    if job_id is not None:
+        asked["one_job"] = job_id
+    with db.write() as connection:
+        schema.hold(connection)
+        row = connection.execute(_CLAIM[db.dialect, job_id is not None], asked).mappings().one_or_none()
+        if row is None:
+            _remember_idle(connection, worker)
+            return None
+        if kind == "shard" and row["job_state"] == JobState.READY:
+            _start(connection, row)
+        return _lease(row, lease_seconds)
+
+
+def _start(connection: Connection, row: RowMapping) -> None:
+    """The job's first shard was claimed; of several at once one finds the job not yet running."""
+    started = (
+        update(job)
+        .where(job.c.id == row["job_id"], job.c.state == JobState.READY)
+        .values(state=JobState.RUNNING, started_at=now())
+    )
+    if connection.execute(started).rowcount == 1:
+        events.record(connection, row["job_id"], row["worker"], What.STARTED)
+
+
+def _remember_idle(connection: Connection, worker: str) -> None:
+    connection.execute(delete(idle_worker).where(idle_worker.c.worker == worker))
+    connection.execute(insert(idle_worker).values(worker=worker, asked_at=now()))
+
+
+def hungry(connection: Connection, lease: Lease, worker: str) -> bool:
+    """Whether another worker, which holds nothing, asked in vain a moment ago and nothing is ready.
+
+    The shards of a paused job are not: nobody may claim them, nor what a split of this job would leave.
+    """
+    busy = exists().where(LEASED, task.c.worker == idle_worker.c.worker)
+    waiting = exists().where(idle_worker.c.worker != worker, idle_worker.c.asked_at > now() - IDLE_SECONDS, ~busy)
+    shard = exists().where(READY, task.c.kind == "shard", task.c.job_id == job.c.id)
+    asked = and_(
+        waiting, exists().where(job.c.id == lease.job_id, CLAIMABLE), ~exists().where(CLAIMABLE, shard.correlate(job))
+    )
+    return bool(connection.execute(select(asked)).scalar_one())
+
+
+def _lease(row: RowMapping, lease_seconds: float) -> Lease:
+    return Lease(
+        task_id=row["id"],
+        job_id=row["job_id"],
+        kind=row["kind"],
+        epoch=row["epoch"],
+        attempt=row["attempt"],
+        lease_seconds=lease_seconds,
+        benchmark_id=row["benchmark_id"],
+        first_batch=row["first_batch"],
+        end_batch=row["end_batch"],
+        isolated_from=row["isolated_from"],
+        guilty=tuple(row["guilty"]),
+        worker=row["worker"],
+    )

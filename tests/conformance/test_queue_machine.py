@@ -1,0 +1,374 @@
+"""The queue against a model of plain Python: whatever happens in whatever order, both say the same.
+
+The model knows no transactions, no locks and no clock; it is what the queue promises. Beside it hold, of the record
+alone: epochs only rise, no shard is held by two, live and done shards cover each batch of their job once, a stale lease
+writes nothing, and a job that has ended has no open task.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
+from hypothesis.stateful import run_state_machine_as_test as run_machine
+from made import planned_job, summarise
+from sqlalchemy import select
+
+from db import jobs, queue, results
+from db.errors import BadInput, LeaseLost
+from db.queue import Lease, Reaped
+from db.session import Database
+from db.tables import task
+
+N_BATCHES = 6
+MOST_JOBS = 3
+OPEN = ("ready", "leased")
+
+leases, reaped, job_ids = Bundle("leases"), Bundle("reaped"), Bundle("job_ids")
+workers = st.sampled_from(["a", "b", "c"])
+
+
+@dataclass
+class Job:
+    """What the model knows of a job."""
+
+    id: int
+    priority: int
+    state: str = "ready"
+    paused: bool = False
+
+    @property
+    def open(self) -> bool:
+        return self.state in ("ready", "running")
+
+
+@dataclass
+class Shard:
+    """What the model knows of a shard."""
+
+    id: int
+    job_id: int
+    first: int
+    end: int
+    state: str = "ready"
+    epoch: int = 0
+    attempt: int = 0
+    worker: str | None = None
+    done: int = 0
+    deaths: int = 0
+    isolated_from: int | None = None
+    waits: bool = False  #: after a failed attempt
+
+    def again(self, *, waits: bool = False) -> None:
+        self.state, self.waits = "ready", waits
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Every way in which a shard changes hands."""
+
+    def __init__(self, db: Database) -> None:
+        super().__init__()
+        self.db = db
+        self.jobs: dict[int, Job] = {}
+        self.shards: dict[int, Shard] = {}
+        self.claims: list[tuple[int, int]] = []
+        self.epochs: dict[int, int] = {}
+
+    def teardown(self) -> None:
+        for job_id in self.jobs:
+            jobs.cancel_job(self.db, job_id)
+
+    # --- what happens
+
+    @precondition(lambda self: len(self.jobs) < MOST_JOBS)
+    @rule(target=job_ids, priority=st.sampled_from([0, 0, 1]), before=st.sampled_from([(0, 0), (1, 1), (3, 1)]))
+    def submit(self, priority: int, before: tuple[int, int]) -> int:
+        """before: attempts and deaths that its shards have behind them, so that few steps lead to the last ones."""
+        attempt, deaths = before
+        job_id = planned_job(self.db, N_BATCHES, batch_size=1, shard_batches=3, priority=priority)
+        self.jobs[job_id] = Job(job_id, priority)
+        with self.db.write() as connection:
+            its_shards = task.update().where(task.c.job_id == job_id, task.c.kind == "shard")
+            connection.execute(its_shards.values(attempt=attempt, deaths=deaths))
+        for row in self.rows():
+            if row.job_id == job_id:
+                shard = Shard(row.id, job_id, row.first_batch, row.end_batch, attempt=attempt, deaths=deaths)
+                self.shards[row.id] = shard
+        return job_id
+
+    @rule(target=leases, worker=workers)
+    def claim(self, worker: str):
+        return self.claim_expecting(worker, self.next_shard(list(self.jobs.values())), None)
+
+    @rule(target=leases, worker=workers, job_id=job_ids)
+    def claim_of_job(self, worker: str, job_id: int):
+        return self.claim_expecting(worker, self.next_shard([self.jobs[job_id]]), job_id)
+
+    def claim_expecting(self, worker: str, expected: Shard | None, job_id: int | None):
+        lease = queue.claim(self.db, worker, kind="shard", job_id=job_id)
+        if expected is None:
+            assert lease is None
+            return multiple()
+        assert lease is not None
+        expected.state, expected.worker, expected.done = "leased", worker, 0
+        expected.epoch += 1
+        expected.attempt += 1
+        self.jobs[expected.job_id].state = "running"
+        assert (lease.task_id, lease.job_id, lease.worker) == (expected.id, expected.job_id, worker)
+        assert (lease.epoch, lease.attempt) == (expected.epoch, expected.attempt)
+        assert (lease.first_batch, lease.end_batch) == (expected.first, expected.end)
+        assert lease.isolated_from == expected.isolated_from
+        self.claims.append((lease.task_id, lease.epoch))
+        return lease
+
+    @rule(lease=leases, done=st.integers(0, 2))
+    def renew(self, lease: Lease, done: int) -> None:
+        shard = self.shards[lease.task_id]
+        if self.held(lease):
+            assert not queue.renew(self.db, lease, done).cancelled
+            shard.done = done
+        elif shard.state == "cancelled":
+            assert queue.renew(self.db, lease, done).cancelled
+        elif shard.epoch == lease.epoch and shard.state in ("done", "split"):
+            assert not queue.renew(self.db, lease, done).cancelled
+        else:
+            with pytest.raises(LeaseLost):
+                queue.renew(self.db, lease, done)
+
+    @rule(lease=leases)
+    def complete(self, lease: Lease) -> None:
+        shard = self.shards[lease.task_id]
+        with self.db.write() as connection:
+            if self.held(lease):
+                assert queue.complete(connection, lease)
+                shard.state = "done"
+            elif (shard.state, shard.epoch) == ("done", lease.epoch):
+                assert not queue.complete(connection, lease)
+            else:
+                with pytest.raises(LeaseLost):
+                    queue.complete(connection, lease)
+
+    @rule(lease=leases, at_batch=st.integers(0, N_BATCHES))
+    def split(self, lease: Lease, at_batch: int) -> None:
+        shard = self.shards[lease.task_id]
+        with self.db.write() as connection:
+            if not lease.first_batch < at_batch < lease.end_batch:
+                with pytest.raises(BadInput):
+                    queue.split(connection, lease, at_batch)
+            elif self.held(lease):
+                done = queue.split(connection, lease, at_batch)
+                assert done is not None
+                assert (done.first_batch, done.end_batch) == (lease.first_batch, at_batch)
+                shard.state = "split"
+            elif (shard.state, shard.epoch) == ("split", lease.epoch):
+                assert queue.split(connection, lease, at_batch) is None
+            else:
+                with pytest.raises(LeaseLost):
+                    queue.split(connection, lease, at_batch)
+        self.learn_children(shard, at_batch)
+
+    def learn_children(self, parent: Shard, at_batch: int) -> None:
+        """Only their numbers are new to the model."""
+        children = [row.id for row in self.rows() if row.parent_id == parent.id and row.id not in self.shards]
+        if children:
+            rest, done = children
+            self.shards[rest] = Shard(rest, parent.job_id, at_batch, parent.end)
+            finished = Shard(done, parent.job_id, parent.first, at_batch, "done", parent.epoch, parent.attempt)
+            finished.worker, finished.done = parent.worker, at_batch - parent.first
+            self.shards[done] = finished
+
+    @rule(lease=leases)
+    def give_back(self, lease: Lease) -> None:
+        shard, held = self.shards[lease.task_id], self.held(lease)
+        assert queue.give_back(self.db, lease) == held
+        if held:
+            shard.again()
+            shard.attempt -= 1
+
+    @rule(lease=leases, refund=st.booleans())
+    def fail(self, lease: Lease, refund: bool) -> None:
+        shard, held = self.shards[lease.task_id], self.held(lease)
+        assert queue.fail(self.db, lease, "it broke", refund=refund) == held
+        if not held:
+            return
+        if shard.attempt - refund >= queue.MAX_ATTEMPTS:
+            shard.state = "dead"
+        else:
+            shard.again(waits=True)
+            shard.attempt -= refund
+
+    @rule()
+    def pauses_after_failures_end(self) -> None:
+        with self.db.write() as connection:
+            connection.execute(task.update().values(run_after=0))
+        for shard in self.shards.values():
+            shard.waits = False
+
+    @rule(target=reaped, worker=workers, known=st.booleans())
+    def die(self, worker: str, known: bool):
+        """known: the process is known to be dead; else its leases expire."""
+        if not known:
+            with self.db.write() as connection:
+                leased = task.update().where(task.c.worker == worker, task.c.state == "leased")
+                connection.execute(leased.values(lease_until=1))
+        taken = queue.reap(self.db, dead_workers=[worker] if known else [])
+        lost = [shard for shard in self.shards.values() if (shard.state, shard.worker) == ("leased", worker)]
+        assert {one.task_id for one in taken} == {shard.id for shard in lost}
+        for shard in lost:
+            self.lose(shard)
+        return multiple(*taken)
+
+    def lose(self, shard: Shard) -> None:
+        shard.deaths += 1
+        if shard.deaths >= queue.SUSPECT_DEATHS and shard.isolated_from is None:
+            shard.isolated_from = min(shard.first + shard.done, shard.end - 1)
+        if shard.attempt >= queue.MAX_ATTEMPTS:
+            shard.state = "dead"
+        else:
+            shard.again()
+
+    @rule(one=reaped)
+    def refund(self, one: Reaped) -> None:
+        shard = self.shards[one.task_id]
+        job = self.jobs[shard.job_id]
+        there = shard.state in ("ready", "dead") and shard.epoch == one.epoch and shard.worker is not None
+        expected = there and not (shard.state == "dead" and job.state == "cancelled")
+        assert queue.refund(self.db, one.task_id, one.epoch) == expected
+        if not expected:
+            return
+        if shard.state == "dead":
+            job.state = "running"
+        shard.again(waits=shard.waits)
+        shard.attempt -= 1
+        shard.deaths -= 1
+        shard.worker = None
+        if shard.deaths < queue.SUSPECT_DEATHS:
+            shard.isolated_from = None
+
+    @rule(job_id=job_ids)
+    def cancel(self, job_id: int) -> None:
+        job = self.jobs[job_id]
+        assert jobs.cancel_job(self.db, job_id) == job.open
+        if not job.open:
+            return
+        job.state = "cancelled"
+        for shard in self.of(job_id):
+            if shard.state in OPEN:
+                shard.state = "cancelled"
+                shard.epoch += 1
+
+    @rule(job_id=job_ids)
+    def pause(self, job_id: int) -> None:
+        job = self.jobs[job_id]
+        assert jobs.pause_job(self.db, job_id) == (job.open and not job.paused)
+        job.paused = job.paused or job.open
+
+    @rule(job_id=job_ids)
+    def unpause(self, job_id: int) -> None:
+        assert jobs.unpause_job(self.db, job_id) == self.jobs[job_id].paused
+        self.jobs[job_id].paused = False
+
+    @rule(job_id=job_ids)
+    def retry(self, job_id: int) -> None:
+        job, dead = self.jobs[job_id], [shard for shard in self.of(job_id) if shard.state == "dead"]
+        if dead and job.state == "cancelled":
+            with pytest.raises(BadInput):
+                jobs.retry_job(self.db, job_id)
+            return
+        assert jobs.retry_job(self.db, job_id) == len(dead)
+        for shard in dead:
+            shard.again()
+            shard.attempt, shard.worker = 0, None
+            job.state = "running"
+
+    @rule(job_id=job_ids)
+    def finalise(self, job_id: int) -> None:
+        job, states = self.jobs[job_id], {shard.state for shard in self.of(job_id)}
+        ends = job.open and not states & set(OPEN)
+        assert results.finalise(self.db, job_id, summarise) == ends
+        if ends:
+            job.state = "failed" if "dead" in states else "done"
+
+    # --- what the model knows
+
+    def of(self, job_id: int) -> list[Shard]:
+        return [shard for shard in self.shards.values() if shard.job_id == job_id]
+
+    def held(self, lease: Lease) -> bool:
+        shard = self.shards[lease.task_id]
+        return (shard.state, shard.epoch) == ("leased", lease.epoch)
+
+    def next_shard(self, among: list[Job]) -> Shard | None:
+        """Whose turn it is."""
+
+        def claimable(job: Job) -> list[Shard]:
+            return [shard for shard in self.of(job.id) if shard.state == "ready" and not shard.waits]
+
+        def leased(job: Job) -> int:
+            return sum(shard.state == "leased" for shard in self.of(job.id))
+
+        able = [job for job in among if job.open and not job.paused and claimable(job)]
+        if not able:
+            return None
+        turn = min(able, key=lambda job: (-job.priority, leased(job), job.id))
+        return min(claimable(turn), key=lambda shard: shard.id)
+
+    def rows(self) -> list:
+        with self.db.read() as connection:
+            mine = task.c.job_id.in_(list(self.jobs)) & (task.c.kind == "shard")
+            return list(connection.execute(select(task).where(mine).order_by(task.c.id)))
+
+    # --- what always holds
+
+    @invariant()
+    def the_record_says_what_the_model_says(self) -> None:
+        found = {
+            row.id: (
+                row.job_id, row.first_batch, row.end_batch, row.state, row.epoch, row.attempt, row.worker,
+                row.done_batches, row.deaths, row.isolated_from,
+            )
+            for row in self.rows()
+        }  # fmt: skip
+        assert found == {
+            one.id: (
+                one.job_id, one.first, one.end, one.state, one.epoch, one.attempt, one.worker,
+                one.done, one.deaths, one.isolated_from,
+            )
+            for one in self.shards.values()
+        }  # fmt: skip
+        for job in self.jobs.values():
+            kept = jobs.job(self.db, job.id)
+            assert (kept.state, kept.paused) == (job.state, job.paused)
+            assert (kept.finished_at is None) == job.open
+
+    @invariant()
+    def epochs_only_rise_and_no_shard_is_held_by_two(self) -> None:
+        for row in self.rows():
+            assert row.epoch >= self.epochs.get(row.id, 0)
+            assert row.attempt >= 0
+            self.epochs[row.id] = row.epoch
+        assert len(self.claims) == len(set(self.claims)), "a lease was given out twice"
+
+    @invariant()
+    def shards_cover_each_batch_once_and_an_ended_job_has_none_open(self) -> None:
+        rows = self.rows()
+        for job_id in self.jobs:
+            live = sorted(
+                (row.first_batch, row.end_batch) for row in rows if row.job_id == job_id and row.state != "split"
+            )
+            assert [batch for first, end in live for batch in range(first, end)] == list(range(N_BATCHES))
+            if jobs.job(self.db, job_id).state.ended:
+                assert not {row.state for row in rows if row.job_id == job_id} & set(OPEN)
+
+
+def test_the_queue_does_what_its_model_does(db: Database) -> None:
+    """What it finds it tells as it was found: to look for the shortest way there takes minutes."""
+    quick = settings(max_examples=20, stateful_step_count=40, phases=[Phase.generate])
+    run_machine(lambda: QueueMachine(db), settings=quick)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_queue_does_what_its_model_does_for_long(db: Database) -> None:
+    run_machine(lambda: QueueMachine(db), settings=settings(max_examples=400, stateful_step_count=60))
