@@ -10,9 +10,10 @@ from functools import partial
 
 import faults
 import pytest
-from faults import Fault, Wire, assert_as_undisturbed, commit, contents, planned, reaching, wait_for, work_off
+from faults import assert_as_undisturbed, commit, contents, planned, reaching, wait_for, work_off
 from made import claimed, summarise
 from sqlalchemy import text
+from wire import Fault, Wire
 
 from db import jobs, queue, results
 from db.errors import LeaseLost, RecordError, Unavailable
