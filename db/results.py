@@ -14,13 +14,12 @@ from db.queue import Lease
 from db.readings import completions, run_data, samples_of, tokens
 from db.records import JobState, RunData, ScoreRow, ShardResults, TaskState
 from db.rollups import insert_rollups
+from db.score_rows import insert_scores
 from db.session import Database
 from db.tables import job, run, sample, task, timing
 from db.token_columns import insert_outcomes
 
 __all__ = ["commit_shard", "completions", "finalise", "run_data", "samples_of", "tokens"]
-
-_SCORE_COLUMNS = "run_id, revision, sample_id, metric, version, value"
 
 
 def commit_shard(db: Database, lease: Lease, results: ShardResults, *, split_at: int | None = None) -> None:
@@ -72,18 +71,10 @@ def _check_complete(connection: Connection, lease: Lease, results: ShardResults)
 
 
 def _insert_scores(connection: Connection, scores: list[ScoreRow]) -> None:
-    """Through the driver, COPY on PostgreSQL: a shard has several scores an outcome."""
     revisions = dict(
         connection.execute(select(run.c.id, run.c.score_revision).where(run.c.id.in_({s.run_id for s in scores}))).all()
     )
-    rows = [(s.run_id, revisions[s.run_id], s.sample_id, s.metric, s.version, s.value) for s in scores]
-    driver: Any = connection.connection.driver_connection
-    if connection.dialect.name == "sqlite":
-        driver.executemany(f"INSERT INTO score ({_SCORE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", rows)
-        return
-    with driver.cursor() as cursor, cursor.copy(f"COPY score ({_SCORE_COLUMNS}) FROM STDIN") as copy:
-        for row in rows:
-            copy.write_row(row)
+    insert_scores(connection, scores, revisions)
 
 
 def finalise(db: Database, job_id: int, summarise: Callable[[RunData], dict[str, Any]]) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from db.tables import rollup as rollup_table
 #: scores are summed in billionths
 BILLION = 1_000_000_000
 _FULL, _EXIT, _STOP = 0, 1, 2
+_Row = TypeVar("_Row", OutcomeRow, TimingRow, ScoreRow)
 _NAMES = [field.name for field in fields(Rollup)]
 
 
@@ -40,16 +41,20 @@ def insert_rollups(connection: Connection, task_id: int, results: ShardResults) 
 
 def of_results(results: ShardResults) -> dict[int, Rollup]:
     """The sums of each run in the results."""
+    outcomes, timings, scores = _by_run(results.outcomes), _by_run(results.timings), _by_run(results.scores)
     return {
         run_id: merge(
-            [
-                _of_outcomes([o for o in results.outcomes if o.run_id == run_id]),
-                _of_timings([t for t in results.timings if t.run_id == run_id]),
-                _of_scores([s for s in results.scores if s.run_id == run_id]),
-            ]
+            [_of_outcomes(outcomes[run_id]), _of_timings(timings.get(run_id, [])), _of_scores(scores.get(run_id, []))]
         )
-        for run_id in sorted({outcome.run_id for outcome in results.outcomes})
+        for run_id in sorted(outcomes)
     }
+
+
+def _by_run(rows: Iterable[_Row]) -> dict[int, list[_Row]]:
+    found: dict[int, list[_Row]] = {}
+    for row in rows:
+        found.setdefault(row.run_id, []).append(row)
+    return found
 
 
 def merge(rollups: Iterable[Rollup]) -> Rollup:
@@ -106,12 +111,18 @@ def _of_timings(timings: list[TimingRow]) -> Rollup:
 
 
 def _of_scores(scores: list[ScoreRow]) -> Rollup:
-    counts: dict[str, int] = {}
-    sums: dict[str, int] = {}
+    values: dict[str, list[float]] = {}
     for score in scores:
-        counts[score.metric] = counts.get(score.metric, 0) + 1
-        sums[score.metric] = sums.get(score.metric, 0) + round(score.value * BILLION)
-    return Rollup(score_counts=counts, score_sums=sums)
+        values.setdefault(score.metric, []).append(score.value)
+    return Rollup(
+        score_counts={metric: len(of_metric) for metric, of_metric in values.items()},
+        score_sums={metric: _billionths(of_metric) for metric, of_metric in values.items()},
+    )
+
+
+def _billionths(values: list[float]) -> int:
+    """Their sum, each rounded as `round` does; numpy rounds a shard's at once."""
+    return sum(map(int, np.rint(np.array(values) * BILLION).tolist()))
 
 
 def _column(arrays: list[npt.NDArray[np.int16]]) -> npt.NDArray[np.int64]:
