@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.embedded import completions, evaluate, report, tokens
+    from cluster.embedded import add_policy, completions, evaluate, report, rescore, tokens
     from cluster.reports.model import JobReport, RunReport
     from cluster.spec import JobSpec
     from db.errors import RecordError
@@ -37,10 +37,12 @@ _HOMES = {
     "RecordError": "db.errors",
     "RunReport": "cluster.reports.model",
     "TrainSpec": "engine.training.spec",
+    "add_policy": "cluster.embedded",
     "completions": "cluster.embedded",
     "evaluate": "cluster.embedded",
     "policy": "engine.spec",
     "report": "cluster.embedded",
+    "rescore": "cluster.embedded",
     "tokens": "cluster.embedded",
     "train": "engine.training.train",
 }
@@ -56,10 +58,12 @@ __all__ = [
     "RecordError",
     "RunReport",
     "TrainSpec",
+    "add_policy",
     "completions",
     "evaluate",
     "policy",
     "report",
+    "rescore",
     "tokens",
     "train",
 ]

@@ -1,13 +1,13 @@
 """The whole system inside the caller's process: database, workers and report, without a command line or a server."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from cluster import jobs
+from cluster import adding, jobs, rescoring
 from cluster.logs import configure_logs
 from cluster.reports.build import build_report
 from cluster.reports.decoder import decoder
@@ -22,6 +22,8 @@ from db.session import open_database
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
+
+    from engine.spec import PolicySpec
 
 
 def evaluate(
@@ -53,6 +55,35 @@ def report(job: int, *, database: str | None = None) -> JobReport:
     """The report of a job, finished or under way. Raises `BadInput`."""
     with closing(open_database(_settings(database).database_url, create=False)) as db:
         return build_report(db, job, decoder(db, job))
+
+
+def add_policy(
+    job: int | JobReport,
+    policy: "PolicySpec | dict[str, Any] | str",
+    *,
+    database: str | None = None,
+    workers: int | None = None,
+    inline: bool = False,
+) -> JobReport:
+    """Add a policy to a job that is done, compute only its runs, and return the report. Raises `BadInput`.
+
+    database, workers and inline as in `evaluate`.
+    """
+    settings = _settings(database, workers)
+    with closing(open_database(settings.database_url, create=False)) as db:
+        adding.add_policy(db, _number(job), policy)
+        jobs.work(db, _number(job), workers=settings.workers, inline=inline, lease_seconds=settings.lease_seconds)
+        return build_report(db, _number(job), decoder(db, _number(job)))
+
+
+def rescore(job: int | JobReport, metrics: Sequence[str] | None = None, *, database: str | None = None) -> JobReport:
+    """Add or renew metrics for the stored completions of a job that has ended, and return its report.
+
+    metrics: all that the job has where they are absent. Raises `BadInput`.
+    """
+    with closing(open_database(_settings(database).database_url, create=False)) as db:
+        rescoring.rescore(db, _number(job), metrics)
+        return build_report(db, _number(job), decoder(db, _number(job)))
 
 
 def completions(job: int | JobReport, *, database: str | None = None) -> "pd.DataFrame":

@@ -161,7 +161,7 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         versions=_package_versions(),
         git_revision=_git_revision(),
     )
-    policies = [_planned_policy(policy, manifest) for policy in spec.policies]
+    policies = [planned_policy(policy, manifest) for policy in spec.policies]
     return Resolved(pinned, benchmarks, policies, folder)
 
 
@@ -242,7 +242,8 @@ def _planned(benchmark: Benchmark) -> PlannedBenchmark:
     )
 
 
-def _planned_policy(policy: PolicySpec, manifest: ExitsManifest | None) -> PlannedPolicy:
+def planned_policy(policy: PolicySpec, manifest: ExitsManifest | None) -> PlannedPolicy:
+    """The policy as the record keeps it, under the name that it has with these exits."""
     label = policy.label
     if policy.kind == "sec" and policy.name is None and manifest is not None and manifest.head == "lens":
         label = f"sec-lens{label.removeprefix('sec')}"  # the paper's rule, but not the paper's heads

@@ -1,16 +1,16 @@
-"""Planning: what a prepare task resolved becomes samples, runs and shards."""
+"""Planning: what a prepare task resolved becomes samples, runs and shards; and so does a policy that is added."""
 
 from collections.abc import Sequence
 from itertools import product
 from math import ceil
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Row, insert, select, update
 
 from db import events
 from db.clock import now
 from db.errors import BadInput
-from db.events import What
+from db.events import LOCAL, What
 from db.queue import NEW_TASK, Lease, complete, storable
 from db.records import JobState, PlannedBenchmark, PlannedPolicy
 from db.session import Database
@@ -50,6 +50,52 @@ def plan_job(
             benchmark_id = ids[planned.content_hash]
             _add_shards(connection, lease.job_id, priority, n_batches, pinned["shard_batches"], benchmark_id)
         events.record(connection, lease.job_id, lease.worker, What.PLANNED)
+
+
+def add_policy(db: Database, job_id: int, policy: PlannedPolicy, *, who: str = LOCAL) -> None:
+    """Give a job that is done one more policy: a run on each of its benchmarks, and shards that compute only these.
+
+    Samples, batches and all that is pinned are the job's own; what its other runs left is not touched. The job is
+    running again until the new shards have ended. Raises `BadInput` where it is not done or has a policy of that label.
+    """
+    with db.write() as connection:
+        found = connection.execute(select(job).where(job.c.id == job_id).with_for_update()).one_or_none()
+        if found is None:
+            raise BadInput(f"job {job_id} does not exist; `shortstop list` shows those that do.")
+        if found.state != JobState.DONE:
+            raise BadInput(f"job {job_id} is {found.state}; a policy can be added to a job that is done.")
+        runs = connection.execute(select(run).where(run.c.job_id == job_id).order_by(run.c.position)).all()
+        if policy.label in {one.policy for one in runs}:
+            raise BadInput(f"policies: job {job_id} has {policy.label!r} already; give the new one another name.")
+        for place, benchmark_id in enumerate(dict.fromkeys(one.benchmark_id for one in runs)):
+            of_benchmark = [one for one in runs if one.benchmark_id == benchmark_id]
+            _add_run(connection, of_benchmark, place, policy)
+            _add_shards_again(connection, found, benchmark_id)
+        spec = found.spec | {"policies": [*found.spec.get("policies", []), policy.spec]}
+        again = {"state": JobState.RUNNING, "finished_at": None, "paused": False, "spec": spec}
+        connection.execute(update(job).where(job.c.id == job_id).values(again))
+        events.record(connection, job_id, who, What.POLICY_ADDED, policy=policy.spec)
+
+
+def _add_run(connection: Connection, earlier: Sequence[Row[Any]], place: int, policy: PlannedPolicy) -> None:
+    """Behind the other runs of its benchmark, with the scores' revision that they have.
+
+    place: of the benchmark; so many runs were added before these, which move on by as many places.
+    """
+    last = earlier[-1]
+    for one in earlier if place else ():
+        connection.execute(update(run).where(run.c.id == one.id).values(position=one.position + place))
+    row = {name: getattr(last, name) for name in ("job_id", "benchmark_id", "benchmark", "score_revision")}
+    row |= {"position": last.position + place + 1}
+    row |= {"policy": policy.label, "policy_kind": policy.kind, "policy_spec": policy.spec}
+    connection.execute(insert(run).values(row))
+
+
+def _add_shards_again(connection: Connection, of_job: Row[Any], benchmark_id: int) -> None:
+    """Shards over the whole benchmark, cut where the job's first ones were."""
+    size = select(benchmark.c.n_samples).where(benchmark.c.id == benchmark_id)
+    n_batches = ceil(connection.execute(size).scalar_one() / of_job.pinned["batch_size"])
+    _add_shards(connection, of_job.id, of_job.priority, n_batches, of_job.pinned["shard_batches"], benchmark_id)
 
 
 def _check(benchmarks: Sequence[PlannedBenchmark], policies: Sequence[PlannedPolicy]) -> None:

@@ -54,17 +54,20 @@ def tokens(db: Database, *, run_id: int | None = None, job_id: int | None = None
                 yield batch
 
 
-def run_data(db: Database, run_id: int) -> RunData:
-    """What the run's summary is made of. Raises `BadInput` for an unknown run."""
+def run_data(db: Database, run_id: int, *, revision: int | None = None) -> RunData:
+    """What the run's summary is made of. Raises `BadInput` for an unknown run.
+
+    revision: of the scores; that in force when absent.
+    """
     [one] = _runs(db, run_id, None)
     with db.read() as connection:
         same_job = [other for other in runs_of(connection, one.job_id) if other.benchmark_id == one.benchmark_id]
         full = next((other for other in same_job if other.policy_kind == "full"), None)
-        data = _run_data(connection, one)
-        return data if full in (None, one) else replace(data, full=_run_data(connection, full))
+        data = _run_data(connection, one, revision)
+        return data if full in (None, one) else replace(data, full=_run_data(connection, full, revision))
 
 
-def _run_data(connection: Connection, one: RunRow) -> RunData:
+def _run_data(connection: Connection, one: RunRow, revision: int | None) -> RunData:
     pinned = connection.execute(select(job.c.pinned).where(job.c.id == one.job_id)).scalar_one()
     sums = rollup_of(connection, one.id)
     return RunData(
@@ -74,7 +77,7 @@ def _run_data(connection: Connection, one: RunRow) -> RunData:
         policy_kind=one.policy_kind,
         benchmark=one.benchmark,
         pinned=pinned,
-        **_sample_columns(connection, one),
+        **_sample_columns(connection, one, revision),
         **_batch_columns(connection, one, pinned["batch_size"]),
         exit_layer_sum=sums.exit_layer_sum,
         layers_run_sum=sums.layers_run_sum,
@@ -86,7 +89,7 @@ def _run_data(connection: Connection, one: RunRow) -> RunData:
     )
 
 
-def _sample_columns(connection: Connection, one: RunRow) -> dict[str, Any]:
+def _sample_columns(connection: Connection, one: RunRow, revision: int | None) -> dict[str, Any]:
     """One place a sample that has an outcome, in the benchmark's order."""
     columns = (sample.c.position, sample.c.source_group, outcome)
     chosen = select(*columns).join(outcome).where(outcome.c.run_id == one.id).order_by(sample.c.position)
@@ -101,12 +104,14 @@ def _sample_columns(connection: Connection, one: RunRow) -> dict[str, Any]:
         "shown": np.array([row.shown for row in rows], np.bool_),
         "cut": np.array([row.cut_tokens > 0 for row in rows], np.bool_),
         "isolated": np.array([row.isolated for row in rows], np.bool_),
-        "scores": _score_columns(connection, one, place),
+        "scores": _score_columns(connection, one, place, revision),
     }
 
 
-def _score_columns(connection: Connection, one: RunRow, place: dict[int, int]) -> dict[str, npt.NDArray[np.float64]]:
-    current = (score.c.run_id == one.id, score.c.revision == run.c.score_revision)
+def _score_columns(
+    connection: Connection, one: RunRow, place: dict[int, int], revision: int | None
+) -> dict[str, npt.NDArray[np.float64]]:
+    current = (score.c.run_id == one.id, score.c.revision == (run.c.score_revision if revision is None else revision))
     chosen = select(score.c.metric, score.c.sample_id, score.c.value).join(run).where(*current)
     columns: dict[str, npt.NDArray[np.float64]] = {}
     for metric, sample_id, value in connection.execute(chosen):
@@ -123,6 +128,8 @@ def _batch_columns(connection: Connection, one: RunRow, batch_size: int) -> dict
     columns: dict[str, Any] = {name: np.array([getattr(row, name) for row in rows], np.int64) for name in names}
     columns["batch_group"] = np.array([row.source_group for row in rows], object)
     columns["timed"] = np.array([row.timed for row in rows], np.bool_)
+    if any(row.full_decode_ns is not None for row in rows):
+        columns["full_decode_ns"] = np.array([row.full_decode_ns or 0 for row in rows], np.int64)
     return columns
 
 

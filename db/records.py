@@ -85,6 +85,8 @@ class TimingRow:
     timed: bool  #: False where the worker was not alone on its device: kept, never used for a speedup
     drafted: int = 0  #: tokens that were drafted, those included that were undone because one before them was wrong
     drafts_kept: int = 0  #: drafts that full depth agreed with
+    #: of full depth on the same batch, done beside a run that was added later; None: `full` has a row of its own
+    full_decode_ns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -320,5 +322,7 @@ class RunData:
     decisions: dict[str, int]  #: "full", "exit", "stop"
     drafted: int = 0
     drafts_kept: int = 0
+    #: one place a batch: of full depth, done again beside a run that was added later; None: the run was not
+    full_decode_ns: npt.NDArray[np.int64] | None = None
     #: the `full` run of the same benchmark in the same job; None for that run itself
     full: "RunData | None" = None

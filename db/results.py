@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import ColumnElement, Connection, exists, insert, select, update
 
 from db import events, queue
 from db.clock import now
@@ -12,20 +12,20 @@ from db.events import What
 from db.jobs import has_open_tasks, last_error, runs_of
 from db.queue import Lease
 from db.readings import completions, run_data, samples_of, tokens
-from db.records import JobState, RunData, ScoreRow, ShardResults, TaskState
+from db.records import JobState, RunData, RunRow, ShardResults, TaskState
 from db.rollups import insert_rollups
 from db.score_rows import insert_scores
 from db.session import Database
-from db.tables import job, run, sample, task, timing
+from db.tables import job, outcome, run, sample, task, timing
 from db.token_columns import insert_outcomes
 
-__all__ = ["commit_shard", "completions", "finalise", "run_data", "samples_of", "tokens"]
+__all__ = ["commit_shard", "completions", "finalise", "run_data", "runs_of_shard", "samples_of", "tokens"]
 
 
 def commit_shard(db: Database, lease: Lease, results: ShardResults, *, split_at: int | None = None) -> None:
     """Complete a shard together with its results, in one transaction.
 
-    results must hold exactly one outcome for every sample of the shard under every run of its job and benchmark
+    results must hold exactly one outcome for every sample of the shard under each of its runs, see `runs_of_shard`
     (`RecordError` otherwise). split_at: only batches before this one are finished and in `results`; the rest becomes
     a ready shard (`db.queue.split`). Safe to repeat after `Unavailable`. Raises `LeaseLost`: nothing was written.
     """
@@ -35,7 +35,7 @@ def commit_shard(db: Database, lease: Lease, results: ShardResults, *, split_at:
             return
         _check_complete(connection, done, results)
         insert_outcomes(connection, done.task_id, results.outcomes)
-        _insert_scores(connection, results.scores)
+        insert_scores(connection, results.scores, _revisions(connection, done.job_id))
         if results.timings:
             connection.execute(insert(timing), [vars(row) for row in results.timings])
         insert_rollups(connection, done.task_id, results)
@@ -48,15 +48,39 @@ def _fence(connection: Connection, lease: Lease, split_at: int | None) -> Lease 
     return queue.split(connection, lease, split_at)
 
 
+def runs_of_shard(db: Database, lease: Lease) -> list[RunRow]:
+    """The runs that a shard computes: those on its benchmark that have no outcome in its extent yet.
+
+    All of them, but where a policy was added to a job that was done: then only its runs.
+    """
+    with db.read() as connection:
+        lacking = _lacking(lease, _batch_size(connection, lease))
+        chosen = set(connection.execute(select(run.c.id).where(*lacking)).scalars())
+        return [one for one in runs_of(connection, lease.job_id) if one.id in chosen]
+
+
+def _lacking(lease: Lease, batch_size: int) -> list[ColumnElement[bool]]:
+    """Of a run: it is on the shard's benchmark, without an outcome for the extent's first sample, hence for any."""
+    first = sample.alias("first")
+    its_place = (first.c.benchmark_id == lease.benchmark_id, first.c.position == lease.first_batch * batch_size)
+    first_sample = select(first.c.id).where(*its_place).scalar_subquery()
+    has_outcome = exists().where(outcome.c.run_id == run.c.id, outcome.c.sample_id == first_sample)
+    return [run.c.job_id == lease.job_id, run.c.benchmark_id == lease.benchmark_id, ~has_outcome]
+
+
+def _batch_size(connection: Connection, lease: Lease) -> int:
+    pinned = connection.execute(select(job.c.pinned).where(job.c.id == lease.job_id)).scalar_one()
+    return int(pinned["batch_size"])
+
+
 def _check_complete(connection: Connection, lease: Lease, results: ShardResults) -> None:
     """Every sample ends with exactly one outcome under every policy."""
-    batch_size = connection.execute(select(job.c.pinned).where(job.c.id == lease.job_id)).scalar_one()["batch_size"]
+    batch_size = _batch_size(connection, lease)
     expected = connection.execute(
         select(run.c.id, sample.c.id)
         .join(sample, sample.c.benchmark_id == run.c.benchmark_id)
         .where(
-            run.c.job_id == lease.job_id,
-            run.c.benchmark_id == lease.benchmark_id,
+            *_lacking(lease, batch_size),
             sample.c.position >= lease.first_batch * batch_size,
             sample.c.position < lease.end_batch * batch_size,
         )
@@ -70,11 +94,9 @@ def _check_complete(connection: Connection, lease: Lease, results: ShardResults)
         )
 
 
-def _insert_scores(connection: Connection, scores: list[ScoreRow]) -> None:
-    revisions = dict(
-        connection.execute(select(run.c.id, run.c.score_revision).where(run.c.id.in_({s.run_id for s in scores}))).all()
-    )
-    insert_scores(connection, scores, revisions)
+def _revisions(connection: Connection, job_id: int) -> dict[int, int]:
+    """The revision in force, by run."""
+    return dict(connection.execute(select(run.c.id, run.c.score_revision).where(run.c.job_id == job_id)).all())
 
 
 def finalise(db: Database, job_id: int, summarise: Callable[[RunData], dict[str, Any]]) -> bool:
@@ -87,7 +109,7 @@ def finalise(db: Database, job_id: int, summarise: Callable[[RunData], dict[str,
         if not _ready_to_end(connection, job_id):
             return False
         rows = runs_of(connection, job_id)
-    data = [run_data(db, row.id) for row in rows]
+    data = (run_data(db, row.id) for row in rows)  # one at a time: a run may have very many samples
     summaries = {one.run_id: summarise(one) for one in data if len(one.sample)}
     with db.write() as connection:
         if not _end(connection, job_id):

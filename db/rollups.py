@@ -1,22 +1,26 @@
 """Rollups: 64-bit sums per (run, shard), written with the results, merged exactly in any order."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import Connection, RowMapping, insert, select
+from sqlalchemy import Connection, bindparam, insert, select, update
 
 from db.records import OutcomeRow, Rollup, ScoreRow, ShardResults, TimingRow
 from db.session import Database
 from db.tables import rollup as rollup_table
+from db.tables import run
 
 #: scores are summed in billionths
 BILLION = 1_000_000_000
 _FULL, _EXIT, _STOP = 0, 1, 2
 _Row = TypeVar("_Row", OutcomeRow, TimingRow, ScoreRow)
 _NAMES = [field.name for field in fields(Rollup)]
+
+#: by run and shard: how many completions a metric scored, and the sum in billionths
+ScoreSums = dict[tuple[int, int], tuple[dict[str, int], dict[str, int]]]
 
 
 def rollup(db: Database, run_id: int) -> Rollup:
@@ -32,11 +36,53 @@ def rollup_of(connection: Connection, run_id: int) -> Rollup:
     return merge(_from_row(row) for row in rows.mappings())
 
 
+def rollups_of_job(db: Database, job_id: int) -> dict[int, Rollup]:
+    """The sums of each run of a job, all of one moment."""
+    columns = [run.c.id, *(rollup_table.c[name] for name in _NAMES)]
+    chosen = select(*columns).join(rollup_table, isouter=True).where(run.c.job_id == job_id)
+    found: dict[int, Rollup] = {}
+    with db.read() as connection:
+        for row in connection.execute(chosen).mappings():
+            one = Rollup() if row["samples"] is None else _from_row({name: row[name] for name in _NAMES})
+            found[row["id"]] = merge([found.get(row["id"], Rollup()), one])
+    return found
+
+
 def insert_rollups(connection: Connection, task_id: int, results: ShardResults) -> None:
     """Write one rollup for each run of the shard."""
     rows = [{"run_id": run_id, "task_id": task_id} | vars(sums) for run_id, sums in of_results(results).items()]
     if rows:
         connection.execute(insert(rollup_table), rows)
+
+
+def add_scores(sums: ScoreSums, scores: Iterable[tuple[int, ScoreRow]]) -> None:
+    """Add scores, each with its shard, to the sums."""
+    for task_id, score in scores:
+        counts, billionths = sums.setdefault((score.run_id, task_id), ({}, {}))
+        counts[score.metric] = counts.get(score.metric, 0) + 1
+        billionths[score.metric] = billionths.get(score.metric, 0) + round(score.value * BILLION)
+
+
+def replace_scores(connection: Connection, run_ids: list[int], metrics: Collection[str], sums: ScoreSums) -> None:
+    """Put `sums` in the place of what the rollups of these runs say of these metrics."""
+    columns = [rollup_table.c[name] for name in ("run_id", "task_id", "score_counts", "score_sums")]
+    rows = connection.execute(select(*columns).where(rollup_table.c.run_id.in_(run_ids))).all()
+    change = (
+        update(rollup_table)
+        .where(rollup_table.c.run_id == bindparam("of_run"), rollup_table.c.task_id == bindparam("of_task"))
+        .values(score_counts=bindparam("counts"), score_sums=bindparam("billionths"))
+    )
+    changes = []
+    for run_id, task_id, old_counts, old_sums in rows:
+        counts, billionths = sums.get((run_id, task_id), ({}, {}))
+        new = {"counts": _without(old_counts, metrics) | counts, "billionths": _without(old_sums, metrics) | billionths}
+        changes.append({"of_run": run_id, "of_task": task_id} | new)
+    if changes:
+        connection.execute(change, changes)
+
+
+def _without(by_metric: dict[str, int], metrics: Collection[str]) -> dict[str, int]:
+    return {name: value for name, value in by_metric.items() if name not in metrics}
 
 
 def of_results(results: ShardResults) -> dict[int, Rollup]:
@@ -134,7 +180,7 @@ def _histogram(layers: npt.NDArray[np.int64]) -> dict[int, int]:
     return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
-def _from_row(row: RowMapping) -> Rollup:
+def _from_row(row: Mapping[Any, Any]) -> Rollup:
     """JSON turned the layers into text."""
     layers = {name: {int(k): n for k, n in row[name].items()} for name in ("exit_histogram", "stop_histogram")}
     return Rollup(**dict(row) | layers)

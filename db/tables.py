@@ -242,6 +242,7 @@ timing = Table(
     Column("device_class", Text, nullable=False),
     Column("timed", Boolean, nullable=False),
     *_drafts(),
+    Column("full_decode_ns", BigInteger),
     PrimaryKeyConstraint("run_id", "batch"),
 )
 

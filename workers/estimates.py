@@ -129,23 +129,24 @@ def _depth(run: RunData, n_layers: int) -> dict[str, Any]:
 
 
 def _speed(run: RunData, full: RunData) -> dict[str, Any]:
-    """Over the batches that both runs timed."""
+    """Over the batches that both runs timed; full depth's time is the one beside the run where it was done again."""
     ours = run.timed & np.isin(run.batch, full.batch[full.timed])
     theirs = full.timed & np.isin(full.batch, run.batch[run.timed])
     groups, tokens, full_tokens = run.batch_group[ours], run.decode_tokens[ours], full.decode_tokens[theirs]
-    token = estimate(_ratio_of_rates, groups, full.decode_ns[theirs], full_tokens, run.decode_ns[ours], tokens)
-    request = estimate(_ratio, groups, _request_ns(full, theirs), _request_ns(run, ours))
+    if run.full_decode_ns is None:
+        full_decode, prefill = full.decode_ns[theirs], full.prefill_ns[theirs]
+    else:
+        full_decode, prefill = run.full_decode_ns[ours], run.prefill_ns[ours]
+    token = estimate(_ratio_of_rates, groups, full_decode, full_tokens, run.decode_ns[ours], tokens)
+    request = estimate(_ratio, groups, prefill + full_decode, run.prefill_ns[ours] + run.decode_ns[ours])
     ideal = _finite(_ratio_of_rates(full.ideal_ns[theirs], full_tokens, run.ideal_ns[ours], tokens, axis=-1))
     return {
         "speedup_token": token,
         "speedup_ideal": ideal,
         "efficiency": token["value"] / ideal if token["value"] and ideal else None,
+        "full_timed_again": run.full_decode_ns is not None,
         "speedup_request": request,
     }
-
-
-def _request_ns(run: RunData, batches: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    return run.prefill_ns[batches] + run.decode_ns[batches]
 
 
 def _latency(run: RunData) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Run:
 
     id: int
     policy: PolicySpec
+    #: it is in the record already: done again so that the runs that are not have full depth beside them
+    is_done: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Evaluation:
         tried = self._try(batch, samples)
         if isinstance(tried, list):
             return self._in_pieces(batch, samples, tried)
-        timings = [self._timing(run, batch, len(samples), [tried[run.id]], self.timed) for run in self.runs]
+        full = next((tried[run.id] for run in self.runs if run.is_done), None)
+        timings = [self._timing(run, batch, len(samples), [tried[run.id]], self.timed, full) for run in self.missing]
         return self._results(samples, self._endings(tried), timings, isolated=False)
 
     def alone(
@@ -90,6 +93,11 @@ class Evaluation:
                 endings = self._decode_alone(sample, parts)
             done.append(self._results([sample], endings, [], isolated=True))
         return joined([*done, self._untimed(batch, samples, parts)])
+
+    @property
+    def missing(self) -> list[Run]:
+        """The runs whose results are wanted."""
+        return [run for run in self.runs if not run.is_done]
 
     def order(self, batch: int) -> list[Run]:
         """The runs in the order in which this batch takes them: random, and the same for whoever does the batch."""
@@ -172,10 +180,13 @@ class Evaluation:
         return {run.id: [*decoded[run.id][1].completions] for run in self.runs}
 
     def _untimed(self, batch: int, samples: Sequence[SampleRow], parts: Parts) -> ShardResults:
-        timings = [self._timing(run, batch, len(samples), parts[run.id], timed=False) for run in self.runs]
+        timings = [self._timing(run, batch, len(samples), parts[run.id], timed=False) for run in self.missing]
         return ShardResults(timings=timings)
 
-    def _timing(self, run: Run, batch: int, rows: int, parts: Sequence[tuple[int, Decoded]], timed: bool) -> TimingRow:
+    def _timing(
+        self, run: Run, batch: int, rows: int, parts: Sequence[Part], timed: bool, full: Part | None = None
+    ) -> TimingRow:
+        """full: what full depth made of the same prefill, where its run is done already."""
         return TimingRow(
             run_id=run.id,
             batch=batch,
@@ -189,6 +200,7 @@ class Evaluation:
             timed=timed,
             drafted=sum(decoded.drafted for _, decoded in parts),
             drafts_kept=sum(decoded.drafts_kept for _, decoded in parts),
+            full_decode_ns=None if full is None else full[1].decode_ns,
         )
 
     def _results(
@@ -201,7 +213,7 @@ class Evaluation:
     ) -> ShardResults:
         full = next((endings[run.id] for run in self.runs if run.policy.kind == "full"), [None] * len(samples))
         outcomes, scores = [], []
-        for run in self.runs:
+        for run in self.missing:
             for sample, ending, reference in zip(samples, endings[run.id], full, strict=True):
                 outcomes.append(_outcome(run, sample, ending, isolated))
                 if isinstance(ending, Completion):

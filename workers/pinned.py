@@ -25,7 +25,7 @@ class Pinned(Spec):
     max_new_tokens: int
     batch_size: int
     shard_batches: int
-    metrics: dict[str, str]  #: name -> version
+    metrics: dict[str, str]  #: name -> version; scoring a job again renews them, and nothing else here
     benchmarks: dict[str, str]  #: name -> content hash
     versions: dict[str, str]  #: package -> version
     git_revision: str | None = None

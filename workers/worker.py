@@ -157,11 +157,7 @@ class Worker:
         benchmark = jobs.benchmark(self.db, lease.benchmark_id)
         engine = self._engines.take(pinned)
         patiently(lambda: devices.keep_kernels(self.db, lease.job_id, engine.device_class, engine.kernels))
-        runs = [
-            Run(run.id, parse_policy(run.policy_spec))
-            for run in jobs.runs(self.db, lease.job_id)
-            if run.benchmark_id == lease.benchmark_id
-        ]
+        runs = self._runs(lease)
         compiled_ns = engine.compile_ns
         engine.warm_up([run.policy for run in runs])
         if engine.compile_ns > compiled_ns:
@@ -179,6 +175,16 @@ class Worker:
             proceed=proceed,
         )
         return _Shard(self.db, lease.benchmark_id, pinned.batch_size, evaluation)
+
+    def _runs(self, lease: Lease) -> list[Run]:
+        """The shard's runs; `full` beside them where they were added to a job that was done without them."""
+        wanted = results.runs_of_shard(self.db, lease)
+        done = [
+            run
+            for run in jobs.runs(self.db, lease.job_id)
+            if run.benchmark_id == lease.benchmark_id and run.policy_kind == "full" and run not in wanted
+        ]
+        return [Run(run.id, parse_policy(run.policy_spec), run in done) for run in [*done[:1], *wanted]]
 
     def _hand_in(self, lease: Lease, done: list[ShardResults]) -> None:
         """Commit the batches that are done and leave the rest to others; safe to repeat."""

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 import cluster.errors
 import db.errors
 import engine.errors
-from cluster.cli import catalogue, jobs, machine, query, training
+from cluster.cli import catalogue, finished, jobs, machine, query, training
 from cluster.cli.output import note
 
 
@@ -70,6 +70,8 @@ for command in (
     jobs.list_jobs,
     jobs.show,
     jobs.report,
+    finished.add_policy,
+    finished.rescore,
     query.query,
     catalogue.models,
     catalogue.benchmarks,
@@ -77,7 +79,7 @@ for command in (
     training.train,
     machine.doctor,
 ):
-    app.command(name=command.__name__.removesuffix("_jobs"))(command)
+    app.command(name=command.__name__.removesuffix("_jobs").replace("_", "-"))(command)
 
 database = typer.Typer(help="Look after the database.", no_args_is_help=True)
 database.command()(machine.upgrade)

@@ -8,7 +8,7 @@ from cluster.reports.examples import Decode, pick_examples
 from cluster.reports.model import BenchmarkReport, Estimate, JobReport, RunReport, RunSummary
 from db import devices, jobs
 from db.records import JobRow, Rollup, RunRow
-from db.rollups import rollup
+from db.rollups import rollups_of_job
 from db.session import Database
 
 #: examples in a report, shared out among its benchmarks
@@ -31,6 +31,8 @@ def build_report(db: Database, job_id: int, decode: Decode | None = None) -> Job
     room = max(FEWEST_EXAMPLES, EXAMPLES // len(by_benchmark)) if by_benchmark else 0
     pinned = job.pinned or {}
     kernels = devices.kernels_of(db, job_id)
+    is_partial = not job.state.ended or not runs or any(run.summary is None for run in runs)
+    sums = rollups_of_job(db, job_id) if is_partial else {}
     return JobReport(
         job_id=job.id,
         name=job.name,
@@ -39,13 +41,13 @@ def build_report(db: Database, job_id: int, decode: Decode | None = None) -> Job
         created_at=job.created_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
-        partial=not runs or any(run.summary is None for run in runs),
+        partial=is_partial,
         batches_done=done,
         batches_total=total,
         model=_asked_or_pinned(job, "model") or "",
         exits=_asked_or_pinned(job, "exits"),
         provenance=pinned | ({"kernels": kernels} if kernels else {}),
-        benchmarks=[_benchmark(db, runs, pinned, decode, room) for runs in by_benchmark],
+        benchmarks=[_benchmark(db, runs, sums, pinned, decode, room) for runs in by_benchmark],
     )
 
 
@@ -54,10 +56,15 @@ def _asked_or_pinned(job: JobRow, field: str) -> str | None:
 
 
 def _benchmark(
-    db: Database, runs: list[RunRow], pinned: dict[str, Any], decode: Decode | None, room: int
+    db: Database,
+    runs: list[RunRow],
+    sums: dict[int, Rollup],
+    pinned: dict[str, Any],
+    decode: Decode | None,
+    room: int,
 ) -> BenchmarkReport:
     found = jobs.benchmark(db, runs[0].benchmark_id)
-    summaries = _summaries(db, runs, pinned)
+    summaries = _summaries(runs, sums, pinned.get("n_layers"))
     reports = [
         RunReport(
             run_id=run.id,
@@ -86,14 +93,24 @@ def _mark(place: int) -> str:
     return (_mark(rounds - 1) if rounds else "") + ascii_uppercase[letter]
 
 
-def _summaries(db: Database, runs: list[RunRow], pinned: dict[str, Any]) -> list[RunSummary]:
-    """The stored summaries; where one is missing all come from the live sums, so that they describe the same moment."""
-    stored = [run.summary for run in runs]
-    if all(summary is not None for summary in stored):
-        return [RunSummary.model_validate(summary) for summary in stored]
-    sums = [rollup(db, run.id) for run in runs]
-    full = next((own for run, own in zip(runs, sums, strict=True) if run.policy_kind == "full"), None)
-    return [live_summary(own, full, pinned.get("n_layers")) for own in sums]
+def _summaries(runs: list[RunRow], sums: dict[int, Rollup], n_layers: int | None) -> list[RunSummary]:
+    """Of each run the stored summary while it is in force, the sums so far elsewhere. sums: none where the job ended.
+
+    Only a policy that was added to a finished job has sums beside summaries: what it is held against is known when it
+    ends, because full depth is timed again beside it.
+    """
+    stored = [run.summary if _is_in_force(run, sums) else None for run in runs]
+    is_added = any(summary is not None for summary in stored)
+    full = next((sums.get(run.id) for run in runs if run.policy_kind == "full" and not is_added), None)
+    return [
+        live_summary(sums[run.id], full, n_layers) if summary is None else RunSummary.model_validate(summary)
+        for run, summary in zip(runs, stored, strict=True)
+    ]
+
+
+def _is_in_force(run: RunRow, sums: dict[int, Rollup]) -> bool:
+    """Whether a stored summary counts all that is done: that of a job which failed and was resumed soon does not."""
+    return run.summary is not None and (run.id not in sums or run.summary["samples"] == sums[run.id].samples)
 
 
 def live_summary(run: Rollup, full: Rollup | None, n_layers: int | None) -> RunSummary:

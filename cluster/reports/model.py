@@ -41,6 +41,7 @@ class RunSummary(Part):
     speedup_token: Estimate = Estimate()
     speedup_ideal: float | None = None
     efficiency: float | None = None
+    full_timed_again: bool = False  #: of a policy that was added later: full depth's time is one beside it
     speedup_request: Estimate = Estimate()
     prefill_ms_p50: float | None = None  #: this and the next two: per batch
     decode_ms_p50: float | None = None

@@ -39,7 +39,7 @@ def benchmark_notes(benchmark: BenchmarkReport) -> list[Note]:
         _isolated(benchmark),
         _untimed(benchmark),
     ]
-    remarks = [_cut_prompts(benchmark), _hidden(benchmark), PROXY]
+    remarks = [_added(benchmark), _cut_prompts(benchmark), _hidden(benchmark), PROXY]
     notes = [Note("caution", text) for text in cautions if text] + [Note("remark", text) for text in remarks if text]
     return [*notes, *_left_out(benchmark)]
 
@@ -72,7 +72,8 @@ def _brackets(interval: str) -> str:
 
 def _partial(report: JobReport) -> str:
     done = f"{count(report.batches_done)} of {count(report.batches_total)} batches are done"
-    return f"This report is partial: the job is {report.state}, {done}. It shows the sums so far, without intervals."
+    shown = "Runs that have not ended show their sums so far, without intervals."
+    return f"This report is partial: the job is {report.state}, {done}. {shown}"
 
 
 def _slowdowns(benchmark: BenchmarkReport) -> str | None:
@@ -84,9 +85,13 @@ def _slowdowns(benchmark: BenchmarkReport) -> str | None:
 
 
 def _missing(benchmark: BenchmarkReport) -> str | None:
-    least = min((run.summary.samples for run in benchmark.runs), default=benchmark.samples)
-    if least == benchmark.samples:
+    lacking = [run for run in benchmark.runs if run.summary.samples < benchmark.samples]
+    if not lacking:
         return None
+    if len(lacking) < len(benchmark.runs):
+        shares = [f"{run.policy} ({count(run.summary.samples)} of {count(benchmark.samples)})" for run in lacking]
+        return f"Policies under which not all samples have ended: {_listed(shares)}."
+    least = min(run.summary.samples for run in lacking)
     return f"{count(least)} of {count(benchmark.samples)} samples have ended; the numbers are those of these alone."
 
 
@@ -111,6 +116,14 @@ def _untimed(benchmark: BenchmarkReport) -> str | None:
     if not most:
         return None
     return f"{_plural(most, 'batch was', 'batches were')} not timed under a policy and left out of its speedups."
+
+
+def _added(benchmark: BenchmarkReport) -> str | None:
+    added = [run.policy for run in benchmark.runs if run.summary.full_timed_again]
+    if not added:
+        return None
+    was = "was added later and is" if len(added) == 1 else "were added later and are"
+    return f"{_listed(added)} {was} held against full depth's time beside it, not against the row of the first batches."
 
 
 def _cut_prompts(benchmark: BenchmarkReport) -> str | None:

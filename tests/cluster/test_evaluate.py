@@ -1,5 +1,6 @@
 """What a batch's evaluation promises, without a record."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,25 @@ def test_agreement_is_with_full_depth_of_the_same_sample(evaluation: Evaluation)
     for (run_id, sample_id), value in agreed.items():
         assert value == (written[run_id, sample_id] == written[0, sample_id])
     assert set(agreed.values()) == {0.0, 1.0}
+
+
+def test_full_depth_that_is_done_already_is_timed_beside_the_others_and_leaves_nothing(evaluation: Evaluation) -> None:
+    """What is scored and written is as if it had not been done; its time goes to the rows of the others."""
+    full, *others = evaluation.runs
+    added = replace(evaluation, runs=[replace(full, is_done=True), *others])
+    for whole, part in [
+        (evaluation.together(0, SAMPLES), added.together(0, SAMPLES)),
+        (evaluation.alone(0, SAMPLES), added.alone(0, SAMPLES)),
+    ]:
+        assert part.scores == [row for row in whole.scores if row.run_id != full.id]
+        assert [(row.run_id, row.sample_id, row.text) for row in part.outcomes] == [
+            (row.run_id, row.sample_id, row.text) for row in whole.outcomes if row.run_id != full.id
+        ]
+        assert [row.run_id for row in part.timings] == [run.id for run in others]
+        beside = {row.full_decode_ns for row in part.timings}
+        assert len(beside) == 1
+        assert (None in beside) == (not part.timings[0].timed)
+        assert {row.full_decode_ns for row in whole.timings} == {None}
 
 
 def test_alone_a_sample_is_announced_before_it_is_tried_and_the_guilty_never_is(evaluation: Evaluation) -> None:

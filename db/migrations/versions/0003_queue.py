@@ -37,9 +37,26 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_job_event"),
     )
     op.create_index("ix_job_event_job_id", "job_event", ["job_id", "id"])
+    op.add_column("timing", sa.Column("full_decode_ns", sa.BigInteger()))
+    replace_view("batch", BATCH)
     for statement in ON_SQLITE if op.get_bind().dialect.name == "sqlite" else ON_POSTGRESQL:
         op.execute(statement)
 
+
+def replace_view(name: str, select: str) -> None:
+    """New columns stand behind the old ones: PostgreSQL then keeps the view, and what was granted on it."""
+    if op.get_bind().dialect.name == "sqlite":
+        op.execute(f"DROP VIEW {name}")
+        op.execute(f"CREATE VIEW {name} AS {select}")
+    else:
+        op.execute(f"CREATE OR REPLACE VIEW {name} AS {select}")
+
+
+BATCH = """
+SELECT r.job_id, t.run_id, r.policy, r.benchmark, t.batch, t.rows, t.prefill_ns, t.decode_ns, t.decode_tokens,
+  t.flops, t.ideal_ns, t.device_class, t.timed, t.drafted, t.drafts_kept, t.full_decode_ns
+FROM timing t JOIN run r ON r.id = t.run_id
+"""
 
 #: events are written once: never changed, and removed only after their job was
 ON_SQLITE = (

@@ -1,0 +1,72 @@
+"""Commands about a job that has ended: one more policy, other metrics."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from cluster.cli.jobs import end, print_job_report, work_on
+from cluster.cli.options import DatabaseUrl, HtmlFile, Inline, JobId, JsonFlag, Workers
+from cluster.cli.output import note, print_json
+from cluster.cli.start import opened, start, writable
+from engine.errors import BadInput
+
+PolicyText = Annotated[
+    str,
+    typer.Argument(
+        metavar="POLICY", help="As in a spec, like '{confidence: {threshold: 0.9}}'; - reads standard input."
+    ),
+]
+MetricNames = Annotated[
+    list[str] | None,
+    typer.Option("--metric", metavar="NAME", help="A metric to add or renew; without it all that the job has."),
+]
+
+
+def add_policy(
+    job: JobId,
+    policy: PolicyText,
+    workers: Workers = None,
+    inline: Inline = False,
+    html: HtmlFile = None,
+    database: DatabaseUrl = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Add a policy to a job that is done, compute only its runs, report."""
+    from cluster import adding
+
+    settings, page = start(database, workers), writable(html)
+    asked = read_policy(policy)
+    with opened(settings, create=False) as db:
+        label = adding.add_policy(db, job, asked)
+        note(f"job {job}: {label} added")
+        state = work_on(db, job, settings, inline, database)
+        print_job_report(db, job, page, as_json)
+        end(db, job, state)
+
+
+def rescore(job: JobId, metric: MetricNames = None, database: DatabaseUrl = None, as_json: JsonFlag = False) -> None:
+    """Score a finished job's completions again, without computing any."""
+    from cluster import rescoring
+    from cluster.cli.progress import watch
+
+    with opened(start(database), create=False) as db, watch() as shown:
+        done = rescoring.rescore(
+            db, job, metric, on_progress=lambda ended, total: shown.show("scoring", ended, total, "samples")
+        )
+    if as_json:
+        print_json(done)
+        return
+    print(f"job {job}: {done.completions} completions scored, revision {done.revision}")
+    for version in done.metrics.values():
+        print(version)
+
+
+def read_policy(text: str) -> Any:
+    """What an argument, or standard input where it is `-`, says in YAML. Raises `BadInput`."""
+    import yaml
+
+    try:
+        return yaml.safe_load(sys.stdin.read() if text == "-" else text)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise BadInput(f"policy {text!r} is not YAML; write it like '{{confidence: {{threshold: 0.9}}}}'.") from None
