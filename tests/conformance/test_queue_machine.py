@@ -21,12 +21,14 @@ from db.queue import Lease, Reaped
 from db.session import Database
 from db.tables import task
 
-N_BATCHES = 6
+N_BATCHES = 12
 MOST_JOBS = 3
 OPEN = ("ready", "leased")
 
 leases, reaped, job_ids = Bundle("leases"), Bundle("reaped"), Bundle("job_ids")
 workers = st.sampled_from(["a", "b", "c"])
+#: whether a lease is taken as it was drawn: most are lost by then; else one that is held, where there is one
+as_drawn = st.sampled_from([False, False, False, True])
 
 
 @dataclass
@@ -73,6 +75,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.jobs: dict[int, Job] = {}
         self.shards: dict[int, Shard] = {}
         self.claims: list[tuple[int, int]] = []
+        self.newest: dict[int, Lease] = {}
         self.epochs: dict[int, int] = {}
 
     def teardown(self) -> None:
@@ -81,8 +84,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     # --- what happens
 
-    @precondition(lambda self: len(self.jobs) < MOST_JOBS)
-    @rule(target=job_ids, priority=st.sampled_from([0, 0, 1]), before=st.sampled_from([(0, 0), (1, 1), (3, 1)]))
+    @precondition(lambda self: len(self.jobs) * 4 <= len(self.claims) and len(self.jobs) < MOST_JOBS)
+    @rule(target=job_ids, priority=st.sampled_from([0, 0, 1]), before=st.sampled_from([(0, 0), (1, 1), (3, 1), (3, 2)]))
     def submit(self, priority: int, before: tuple[int, int]) -> int:
         """before: attempts and deaths that its shards have behind them, so that few steps lead to the last ones."""
         attempt, deaths = before
@@ -97,10 +100,12 @@ class QueueMachine(RuleBasedStateMachine):
                 self.shards[row.id] = shard
         return job_id
 
+    @precondition(lambda self: self.next_shard(list(self.jobs.values())) or len(self.claims) % 3 == 2)
     @rule(target=leases, worker=workers)
     def claim(self, worker: str):
         return self.claim_expecting(worker, self.next_shard(list(self.jobs.values())), None)
 
+    @precondition(lambda self: self.next_shard(list(self.jobs.values())) or len(self.claims) % 3 == 2)
     @rule(target=leases, worker=workers, job_id=job_ids)
     def claim_of_job(self, worker: str, job_id: int):
         return self.claim_expecting(worker, self.next_shard([self.jobs[job_id]]), job_id)
@@ -120,10 +125,16 @@ class QueueMachine(RuleBasedStateMachine):
         assert (lease.first_batch, lease.end_batch) == (expected.first, expected.end)
         assert lease.isolated_from == expected.isolated_from
         self.claims.append((lease.task_id, lease.epoch))
+        self.newest[lease.task_id] = lease
         return lease
 
-    @rule(lease=leases, done=st.integers(0, 2))
-    def renew(self, lease: Lease, done: int) -> None:
+    def chosen(self, lease: Lease, as_drawn: bool) -> Lease:
+        held = [one for one in self.newest.values() if self.held(one)]
+        return lease if as_drawn or not held else held[lease.task_id % len(held)]
+
+    @rule(lease=leases, as_drawn=as_drawn, done=st.integers(0, 2))
+    def renew(self, lease: Lease, as_drawn: bool, done: int) -> None:
+        lease = self.chosen(lease, as_drawn)
         shard = self.shards[lease.task_id]
         if self.held(lease):
             assert not queue.renew(self.db, lease, done).cancelled
@@ -136,8 +147,9 @@ class QueueMachine(RuleBasedStateMachine):
             with pytest.raises(LeaseLost):
                 queue.renew(self.db, lease, done)
 
-    @rule(lease=leases)
-    def complete(self, lease: Lease) -> None:
+    @rule(lease=leases, as_drawn=as_drawn)
+    def complete(self, lease: Lease, as_drawn: bool) -> None:
+        lease = self.chosen(lease, as_drawn)
         shard = self.shards[lease.task_id]
         with self.db.write() as connection:
             if self.held(lease):
@@ -149,8 +161,10 @@ class QueueMachine(RuleBasedStateMachine):
                 with pytest.raises(LeaseLost):
                     queue.complete(connection, lease)
 
-    @rule(lease=leases, at_batch=st.integers(0, N_BATCHES))
-    def split(self, lease: Lease, at_batch: int) -> None:
+    @rule(lease=leases, as_drawn=as_drawn, into=st.sampled_from([0, 1, 1, 2, 3]))
+    def split(self, lease: Lease, as_drawn: bool, into: int) -> None:
+        lease = self.chosen(lease, as_drawn)
+        at_batch = lease.first_batch + into
         shard = self.shards[lease.task_id]
         with self.db.write() as connection:
             if not lease.first_batch < at_batch < lease.end_batch:
@@ -178,16 +192,18 @@ class QueueMachine(RuleBasedStateMachine):
             finished.worker, finished.done = parent.worker, at_batch - parent.first
             self.shards[done] = finished
 
-    @rule(lease=leases)
-    def give_back(self, lease: Lease) -> None:
+    @rule(lease=leases, as_drawn=as_drawn)
+    def give_back(self, lease: Lease, as_drawn: bool) -> None:
+        lease = self.chosen(lease, as_drawn)
         shard, held = self.shards[lease.task_id], self.held(lease)
         assert queue.give_back(self.db, lease) == held
         if held:
             shard.again()
             shard.attempt -= 1
 
-    @rule(lease=leases, refund=st.booleans())
-    def fail(self, lease: Lease, refund: bool) -> None:
+    @rule(lease=leases, as_drawn=as_drawn, refund=st.sampled_from([False, False, True]))
+    def fail(self, lease: Lease, as_drawn: bool, refund: bool) -> None:
+        lease = self.chosen(lease, as_drawn)
         shard, held = self.shards[lease.task_id], self.held(lease)
         assert queue.fail(self.db, lease, "it broke", refund=refund) == held
         if not held:
@@ -198,6 +214,7 @@ class QueueMachine(RuleBasedStateMachine):
             shard.again(waits=True)
             shard.attempt -= refund
 
+    @precondition(lambda self: any(shard.waits for shard in self.shards.values()))
     @rule()
     def pauses_after_failures_end(self) -> None:
         with self.db.write() as connection:
@@ -205,9 +222,10 @@ class QueueMachine(RuleBasedStateMachine):
         for shard in self.shards.values():
             shard.waits = False
 
-    @rule(target=reaped, worker=workers, known=st.booleans())
-    def die(self, worker: str, known: bool):
-        """known: the process is known to be dead; else its leases expire."""
+    @rule(target=reaped, lease=leases, as_drawn=as_drawn, known=st.booleans())
+    def die(self, lease: Lease, as_drawn: bool, known: bool):
+        """A worker. known: that its process is dead; else its leases expire."""
+        worker = self.chosen(lease, as_drawn).worker
         if not known:
             with self.db.write() as connection:
                 leased = task.update().where(task.c.worker == worker, task.c.state == "leased")
@@ -246,6 +264,7 @@ class QueueMachine(RuleBasedStateMachine):
         if shard.deaths < queue.SUSPECT_DEATHS:
             shard.isolated_from = None
 
+    @precondition(lambda self: len(self.claims) > 8 and len(self.claims) % 4 == 0)
     @rule(job_id=job_ids)
     def cancel(self, job_id: int) -> None:
         job = self.jobs[job_id]
@@ -258,17 +277,20 @@ class QueueMachine(RuleBasedStateMachine):
                 shard.state = "cancelled"
                 shard.epoch += 1
 
+    @precondition(lambda self: len(self.claims) % 5 == 4)
     @rule(job_id=job_ids)
     def pause(self, job_id: int) -> None:
         job = self.jobs[job_id]
         assert jobs.pause_job(self.db, job_id) == (job.open and not job.paused)
         job.paused = job.paused or job.open
 
+    @precondition(lambda self: any(job.paused for job in self.jobs.values()))
     @rule(job_id=job_ids)
     def unpause(self, job_id: int) -> None:
         assert jobs.unpause_job(self.db, job_id) == self.jobs[job_id].paused
         self.jobs[job_id].paused = False
 
+    @precondition(lambda self: any(shard.state == "dead" for shard in self.shards.values()))
     @rule(job_id=job_ids)
     def retry(self, job_id: int) -> None:
         job, dead = self.jobs[job_id], [shard for shard in self.of(job_id) if shard.state == "dead"]
@@ -364,7 +386,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 def test_the_queue_does_what_its_model_does(db: Database) -> None:
     """What it finds it tells as it was found: to look for the shortest way there takes minutes."""
-    quick = settings(max_examples=20, stateful_step_count=40, phases=[Phase.generate])
+    quick = settings(max_examples=20, stateful_step_count=50, phases=[Phase.generate])
     run_machine(lambda: QueueMachine(db), settings=quick)
 
 
