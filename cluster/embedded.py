@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import structlog
 
@@ -16,7 +17,9 @@ from cluster.settings import Settings, load_settings
 from cluster.spec import JobSpec, parse_job, read_job
 from db import results
 from db.jobs import job as read_job_row
+from db.jobs import runs
 from db.records import CompletionRow, TokenBatch
+from db.rollups import rollup
 from db.session import open_database
 
 if TYPE_CHECKING:
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from engine.spec import PolicySpec
+
+#: completions that a batch of Arrow holds
+_PIECE = 1_000
 
 
 def evaluate(
@@ -86,13 +92,37 @@ def rescore(job: int | JobReport, metrics: Sequence[str] | None = None, *, datab
         return build_report(db, _number(job), decoder(db, _number(job)))
 
 
-def completions(job: int | JobReport, *, database: str | None = None) -> "pd.DataFrame":
-    """A row a completion, with a column a metric; sample columns as in the database. Raises `BadInput`."""
-    import pandas as pd
+@overload
+def completions(
+    job: int | JobReport, *, arrow: Literal[False] = False, database: str | None = None
+) -> "pd.DataFrame": ...
 
-    with closing(open_database(_settings(database).database_url, create=False)) as db:
+
+@overload
+def completions(
+    job: int | JobReport, *, arrow: Literal[True], database: str | None = None
+) -> "pa.RecordBatchReader": ...
+
+
+def completions(
+    job: int | JobReport, *, arrow: bool = False, database: str | None = None
+) -> "pd.DataFrame | pa.RecordBatchReader":
+    """A row a completion, with a column a metric; sample columns as in the database. Raises `BadInput`.
+
+    arrow: streamed as Arrow instead of a DataFrame; memory does not grow with the job.
+    """
+    url = _settings(database).database_url
+    with closing(open_database(url, create=False)) as db:
         row = read_job_row(db, _number(job))
-        return pd.DataFrame(map(_completion, results.completions(db, job_id=row.id)))
+        if not arrow:
+            import pandas as pd
+
+            return pd.DataFrame(map(_completion, results.completions(db, job_id=row.id)))
+        metrics = sorted({metric for run in runs(db, row.id) for metric in rollup(db, run.id).score_counts})
+    import pyarrow as pa
+
+    schema = _completion_schema(metrics)
+    return pa.RecordBatchReader.from_batches(schema, _completion_batches(url, row.id, schema))
 
 
 def tokens(job: int | JobReport, *, database: str | None = None) -> "pa.RecordBatchReader":
@@ -141,6 +171,30 @@ def _completion(row: CompletionRow) -> dict[str, Any]:
         "shown": outcome.shown,
         **row.scores,
     }
+
+
+def _completion_schema(metrics: list[str]) -> "pa.Schema":
+    import pyarrow as pa
+
+    of_sample = ("sample", "source_group", "language", "prompt", "reference")
+    return pa.schema(
+        [
+            ("run_id", pa.int64()),
+            *((name, pa.string()) for name in ("policy", "benchmark", *of_sample, "text", "error", "finish")),
+            *((name, pa.int32()) for name in ("n_tokens", "prompt_tokens", "cut_tokens")),
+            ("shown", pa.bool_()),
+            *((metric, pa.float64()) for metric in metrics),
+        ]
+    )
+
+
+def _completion_batches(url: str, job_id: int, schema: "pa.Schema") -> "Iterator[pa.RecordBatch]":
+    import pyarrow as pa
+
+    with closing(open_database(url, create=False)) as db:
+        rows = map(_completion, results.completions(db, job_id=job_id))
+        while piece := list(islice(rows, _PIECE)):
+            yield pa.RecordBatch.from_pylist(piece, schema=schema)
 
 
 def _token_schema() -> "pa.Schema":

@@ -31,11 +31,7 @@ def unpack(content: bytes, hash: str, cache: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            for name in (MANIFEST, TENSORS):
-                file = tar.extractfile(name)
-                assert file is not None
-                (made / name).write_bytes(file.read())
+        _extract(content, made)
         if exits_hash(made) != hash:
             raise BadInput(f"exits: the record's copy of the bundle {hash[:12]}… is damaged; submit the job again.")
         shutil.rmtree(folder, ignore_errors=True)  # a damaged copy
@@ -47,3 +43,21 @@ def unpack(content: bytes, hash: str, cache: Path) -> Path:
         return folder
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def packed_hash(content: bytes) -> str:
+    """The `exits_hash` of a packed bundle; an empty text where it cannot be unpacked."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _extract(content, Path(folder))
+        except (tarfile.TarError, KeyError):
+            return ""
+        return exits_hash(Path(folder))
+
+
+def _extract(content: bytes, folder: Path) -> None:
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        for name in (MANIFEST, TENSORS):
+            file = tar.extractfile(name)
+            assert file is not None
+            (folder / name).write_bytes(file.read())

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 import cluster.errors
 import db.errors
 import engine.errors
-from cluster.cli import catalogue, finished, jobs, machine, query, training
+from cluster.cli import catalogue, exchange, finished, jobs, machine, query, training
 from cluster.cli.output import note
 
 
@@ -73,16 +73,21 @@ for command in (
     finished.add_policy,
     finished.rescore,
     query.query,
+    exchange.export_job,
+    exchange.import_job,
     catalogue.models,
     catalogue.benchmarks,
     catalogue.policies,
     training.train,
     machine.doctor,
 ):
-    app.command(name=command.__name__.removesuffix("_jobs").replace("_", "-"))(command)
+    app.command(name=command.__name__.removesuffix("_jobs").removesuffix("_job").replace("_", "-"))(command)
 
 database = typer.Typer(help="Look after the database.", no_args_is_help=True)
 database.command()(machine.upgrade)
+database.command()(machine.check)
+database.command()(machine.prune)
+database.command()(machine.backup)
 app.add_typer(database, name="db")
 
 

@@ -1,22 +1,27 @@
 """`shortstop query`: SQL over the documented views, read-only by construction."""
 
 import csv
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal
 from enum import StrEnum
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from cluster.cli.options import DatabaseUrl
-from cluster.cli.output import note, print_json, print_table, to_json
-from cluster.cli.start import start
+from cluster.cli.output import note, print_table, to_json
+from cluster.cli.start import start, writable
+from engine.errors import BadInput
 
 if TYPE_CHECKING:
     from db.queries import Result
 
-#: rows that a table shows; csv and jsonl are streamed whole
+#: rows that a table shows; all other formats are streamed whole
 TABLE_ROWS = 1000
 
 
@@ -26,34 +31,88 @@ class Format(StrEnum):
     TABLE = "table"
     CSV = "csv"
     JSONL = "jsonl"
+    JSON = "json"
+    PARQUET = "parquet"
 
 
 def query(
     sql: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT; - reads standard input.")],
-    form: Annotated[Format, typer.Option("--format", help="csv and jsonl are streamed.")] = Format.TABLE,
+    form: Annotated[
+        Format, typer.Option("--format", help="All but table are streamed; parquet needs --output.")
+    ] = Format.TABLE,
+    output: Annotated[str | None, typer.Option("--output", metavar="FILE", help="Write the answer here.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="End after so many rows.")] = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", min=0.001, help="End a query that takes longer.")
+    ] = 30,
     database: DatabaseUrl = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array: --format json.")] = False,
 ) -> None:
     """Ask the record in SQL, read-only; docs/sql.md has the views."""
     from db.queries import query as ask
 
+    form = Format.JSON if as_json else form
+    if form is Format.PARQUET and output is None:
+        raise BadInput("format parquet is no text; name a file with --output.")
+    if form is Format.TABLE and output is not None:
+        raise BadInput(f"output {output!r}: a table is for the screen; choose --format csv, jsonl, json or parquet.")
+    file = writable(output)
     text = sys.stdin.read() if sql == "-" else sql
-    with ask(start(database).database_url, text) as answer:
-        if as_json:
-            print_json(list(_mappings(answer)))
-        elif form is Format.JSONL:
-            for row in _mappings(answer):
-                print(to_json(row))
-        elif form is Format.CSV:
-            writer = csv.writer(sys.stdout, lineterminator="\n")
-            writer.writerow(answer.columns)
-            writer.writerows(answer)
-        else:
-            _print_rows(answer)
+    with ask(start(database).database_url, text, timeout_s=timeout, limit=limit) as answer:
+        if file is None:
+            _write(answer, form, sys.stdout)
+            return
+        with _whole(file) as partial:
+            if form is Format.PARQUET:
+                from cluster.cli.parquet import write_parquet
+
+                write_parquet(partial, answer.columns, map(_plain, answer))
+            else:
+                with partial.open("w", encoding="utf-8", newline="") as stream:
+                    _write(answer, form, stream)
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """A file beside the one that is wanted, which it becomes at the end: an answer that breaks off leaves nothing."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write(answer: "Result", form: Format, stream: TextIO) -> None:
+    if form is Format.TABLE:
+        _print_rows(answer)
+    elif form is Format.CSV:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(answer.columns)
+        writer.writerows(map(_plain, answer))
+    elif form is Format.JSONL:
+        for row in _mappings(answer):
+            print(to_json(row), file=stream)
+    else:
+        before = "[\n  "
+        for row in _mappings(answer):
+            print(before, to_json(row), sep="", end="", file=stream)
+            before = ",\n  "
+        print("[]" if before.startswith("[") else "\n]", file=stream)
 
 
 def _mappings(answer: "Result") -> Iterator[dict[str, Any]]:
-    return (dict(zip(answer.columns, row, strict=True)) for row in answer)
+    return (dict(zip(answer.columns, _plain(row), strict=True)) for row in answer)
+
+
+def _plain(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """PostgreSQL's sums of integers come as decimals, SQLite's as integers: the answer is the same."""
+    return tuple(_number(value) if isinstance(value, Decimal) else value for value in row)
+
+
+def _number(value: Decimal) -> int | float:
+    exponent = value.as_tuple().exponent
+    return int(value) if isinstance(exponent, int) and exponent >= 0 else float(value)
 
 
 def _print_rows(answer: "Result") -> None:

@@ -37,6 +37,23 @@ def test_completions_and_tokens_are_those_of_the_report(evaluated: shortstop.Job
     assert len(tokens) == sum(run.summary.tokens + run.summary.stops for run in evaluated.runs)
 
 
+def test_completions_are_streamed_as_arrow(
+    evaluated: shortstop.JobReport, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows and columns as the DataFrame, in pieces."""
+    monkeypatch.setattr("cluster.embedded._PIECE", 50)
+    table = shortstop.completions(evaluated, database=url)
+    reader = shortstop.completions(evaluated.job_id, arrow=True, database=url)
+    batches = list(reader)
+    assert [len(batch) for batch in batches] == [50, 50, 50, 42]
+    rows = [row for batch in batches for row in batch.to_pylist()]
+    assert reader.schema.names[:3] == ["run_id", "policy", "benchmark"]
+    assert set(reader.schema.names) == set(table.columns)
+    assert rows == table[reader.schema.names].astype(object).where(table[reader.schema.names].notna(), None).to_dict(
+        "records"
+    )
+
+
 def test_the_report_can_be_read_again(evaluated: shortstop.JobReport, url: str) -> None:
     assert shortstop.report(evaluated.job_id, database=url) == evaluated
 

@@ -1,13 +1,20 @@
 """Questions in SQL: answered from the documented views, and nothing can be written or seen beyond them."""
 
+import csv
+import json
 import re
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from made import planned_job, summarise, work
+from typer.testing import CliRunner, Result
 
-from db import results
+from cluster.cli import app
+from cluster.cli.parquet import write_parquet
+from db import queries, results
 from db.errors import BadInput
 from db.queries import query
 from db.reader import VIEWS
@@ -157,7 +164,7 @@ def test_the_documented_questions_and_columns_are_right(filled: Database) -> Non
     """docs/sql.md: each question runs on both databases, and each column of each view is described."""
     page = (Path(__file__).parents[2] / "docs" / "sql.md").read_text()
     questions = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
-    assert len(questions) == 6
+    assert len(questions) == 11
     for sql in questions:
         assert list(query(filled, sql)), sql
     for view in VIEWS:
@@ -165,6 +172,130 @@ def test_the_documented_questions_and_columns_are_right(filled: Database) -> Non
         with query(filled, f"SELECT * FROM {view}") as answer:
             missing = [column for column in answer.columns if not described(column, section)]
         assert missing == [], view
+
+
+def asked(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["query", *map(str, arguments)])
+
+
+ALL = (
+    "SELECT policy, exit_layer, draft_layer, draft_kept, confidence, decision FROM token ORDER BY outcome_id, position"
+)
+
+
+def test_every_format_says_the_same(filled: Database, url: str, tmp_path: Path) -> None:
+    """Printed or in a file; Parquet with types of its own."""
+    rows = list(query(filled, ALL))
+    columns = ["policy", "exit_layer", "draft_layer", "draft_kept", "confidence", "decision"]
+    mappings = [dict(zip(columns, row, strict=True)) for row in rows]
+    for form, read in {
+        "json": json.loads,
+        "jsonl": lambda text: [json.loads(line) for line in text.splitlines()],
+    }.items():
+        assert read(asked(ALL, "--database", url, "--format", form).stdout) == mappings
+        file = tmp_path / f"answer.{form}"
+        assert asked(ALL, "--database", url, "--format", form, "--output", file).stdout == ""
+        assert read(file.read_text()) == mappings
+    assert json.loads(asked(ALL, "--database", url, "--json").stdout) == mappings
+    asked(ALL, "--database", url, "--format", "csv", "--output", tmp_path / "answer.csv")
+    assert len(list(csv.DictReader((tmp_path / "answer.csv").read_text().splitlines()))) == len(rows)
+    asked(ALL, "--database", url, "--format", "parquet", "--output", tmp_path / "answer.parquet")
+    table = pq.read_table(tmp_path / "answer.parquet")
+    assert table.to_pylist() == mappings
+    assert [str(kind) for kind in table.schema.types[:3]] == ["string", "int64", "int64"]
+    assert str(table.schema.field("confidence").type) == "double"
+    assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith(".")) == []
+
+
+def test_an_empty_answer_is_an_answer_in_every_format(filled: Database, url: str, tmp_path: Path) -> None:
+    none = "SELECT policy FROM token WHERE policy = 'nobody'"
+    assert json.loads(asked(none, "--database", url, "--format", "json").stdout) == []
+    assert asked(none, "--database", url, "--format", "csv").stdout == "policy\n"
+    asked(none, "--database", url, "--format", "parquet", "--output", tmp_path / "answer.parquet")
+    assert pq.read_table(tmp_path / "answer.parquet").to_pydict() == {"policy": []}
+
+
+def test_sums_are_integers_on_both_databases(filled: Database, url: str, tmp_path: Path) -> None:
+    """PostgreSQL's driver gives decimals: 42, not 42.0, in every format."""
+    sums = "SELECT sum(drafted) AS n, avg(drafted) AS mean FROM batch WHERE policy LIKE 'self%'"
+    assert asked(sums, "--database", url, "--format", "csv").stdout == "n,mean\n42,7.0\n"
+    assert asked(sums, "--database", url, "--format", "jsonl").stdout == '{"n": 42, "mean": 7.0}\n'
+    asked(sums, "--database", url, "--format", "parquet", "--output", tmp_path / "answer.parquet")
+    assert [str(kind) for kind in pq.read_table(tmp_path / "answer.parquet").schema.types] == ["int64", "double"]
+
+
+def test_a_parquet_column_gets_the_type_that_holds_all_its_rows(tmp_path: Path) -> None:
+    """What comes late counts: floats among integers, text among numbers, integers beyond 64 bits."""
+    late = [(None, 1, 1, 1, True, None)] * 25_000 + [(None, 2.5, "two", 2**70, None, b"x")]
+    write_parquet(tmp_path / "answer.parquet", list("abcdef"), late)
+    table = pq.read_table(tmp_path / "answer.parquet")
+    assert [str(kind) for kind in table.schema.types] == ["string", "double", "string", "string", "bool", "binary"]
+    assert table.slice(25_000).to_pylist() == [{"a": None, "b": 2.5, "c": "two", "d": str(2**70), "e": None, "f": b"x"}]
+    assert table.num_rows == 25_001
+
+
+MANY = "SELECT a.position, a.confidence FROM token AS a, token AS b, token AS c"
+
+
+def test_an_answer_is_streamed(filled: Database, url: str, tmp_path: Path) -> None:
+    """Half a million rows in a few megabytes: red where the rows are gathered first."""
+    for form in ("csv", "jsonl", "json", "parquet"):
+        file = tmp_path / f"answer.{form}"
+        tracemalloc.start()
+        done = asked(MANY, "--database", url, "--format", form, "--limit", 200_000, "--output", file)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert done.exit_code == 0, done.stderr
+        assert peak < 16e6, form
+
+
+def test_a_limit_ends_an_answer(filled: Database, url: str) -> None:
+    for limit in (1, 999, 1000, 1001, 2500):
+        assert len(asked(MANY, "--database", url, "--format", "csv", "--limit", limit).stdout.splitlines()) == limit + 1
+
+
+def test_an_answer_that_breaks_off_leaves_no_file(filled: Database, url: str, tmp_path: Path) -> None:
+    """What was there before stays."""
+    file = tmp_path / "answer.csv"
+    file.write_text("before")
+    slow = MANY + ", token AS d, token AS e"
+    done = asked(slow, "--database", url, "--format", "csv", "--timeout", 0.5, "--output", file)
+    assert (done.exit_code, "took longer than 0.5 s" in done.stderr) == (2, True)
+    assert file.read_text() == "before"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["answer.csv"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "parquet"], "format parquet is no text; name a file with --output"),
+        (["--output", "answer"], "output 'answer': a table is for the screen; choose --format csv"),
+        (["--format", "csv", "--output", "nowhere/answer"], "there is no folder"),
+    ],
+)
+def test_outputs_that_cannot_be_are_refused(filled: Database, url: str, options: list[str], message: str) -> None:
+    done = asked("SELECT policy FROM token", "--database", url, *options)
+    assert (done.exit_code, message in done.stderr) == (2, True)
+
+
+def test_the_file_is_opened_read_only(tmp_path: Path) -> None:
+    """Not by the authorizer alone: SQLite itself refuses to write, also where the authorizer is taken away."""
+    db = open_database(f"sqlite:///{tmp_path / 'record.db'}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queries, "_authorizer", lambda connection: None)
+        with pytest.raises(BadInput, match="may only read the views"):
+            list(query(db, "DELETE FROM job RETURNING id"))
+    db.close()
+
+
+def test_on_postgresql_a_question_is_asked_under_the_role(
+    filled: Database, url: str, request: pytest.FixtureRequest
+) -> None:
+    """So that no function reaches what the connected user could; and in a transaction that cannot write."""
+    if filled.dialect == "sqlite":
+        pytest.skip("SQLite knows no roles")
+    sql = "SELECT current_user, current_setting('transaction_read_only'), current_setting('statement_timeout')"
+    assert list(query(filled, sql, timeout_s=7)) == [("shortstop_reader", "on", "7s")]
 
 
 def described(column: str, section: str) -> bool:

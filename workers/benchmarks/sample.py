@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
+from itertools import chain
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,13 @@ class Benchmark:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 (hex) over the version, `ends_with_line` and every field of every sample, in order."""
-        return _digest([[self.version, self.ends_with_line], *map(astuple, self.samples)])
+        """See `content_hash`."""
+        return content_hash(self.version, self.ends_with_line, self.samples)
+
+
+def content_hash(version: str, ends_with_line: bool, samples: Iterable[Sample]) -> str:
+    """SHA-256 (hex) over the version, `ends_with_line` and every field of every sample, in order."""
+    return _digest(chain([[version, ends_with_line]], map(astuple, samples)))
 
 
 def content_version(recipe: str, samples: Iterable[Sample]) -> str:
