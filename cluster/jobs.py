@@ -34,7 +34,7 @@ from engine.loading import find_model, models
 from engine.spec import Spec
 from workers.benchmarks.catalogue import benchmarks
 from workers.benchmarks.spec import CatalogueBenchmark, DatasetBenchmark, JsonlBenchmark, SourceBenchmark
-from workers.holding import patiently
+from workers.holding import claim_patiently
 from workers.pinned import Pinned
 from workers.worker import IDLE_SECONDS, Worker
 
@@ -186,7 +186,7 @@ def _see_prepared(db: Database, job_id: int, workers: int, lease_seconds: float,
     """Prepare the job, or wait for whoever does."""
     name = _own_name()
     while jobs.job(db, job_id).state is JobState.PREPARING:
-        lease = patiently(lambda: queue.claim(db, name, kind="prepare", lease_seconds=lease_seconds, job_id=job_id))
+        lease = claim_patiently(db, name, kind="prepare", lease_seconds=lease_seconds, job_id=job_id)
         if lease is not None:
             _try_prepare(db, lease, workers)
         else:

@@ -117,19 +117,28 @@ _CLAIM = {
 
 
 def claim(
-    db: Database, worker: str, *, kind: str, lease_seconds: float = 30, job_id: int | None = None
+    db: Database,
+    worker: str,
+    *,
+    kind: str,
+    lease_seconds: float = 30,
+    job_id: int | None = None,
+    again: bool = False,
 ) -> Lease | None:
     """Take the next ready task of this kind; None when there is none.
 
     Of the jobs that are open, not paused and have such a task the one of the highest priority comes first, then the one
     with the fewest leased tasks, then the oldest; within a job the oldest task, but those that failed after the others.
-    Raises `OlderSchema`, `NewerSchema`.
+    again: the answer to this worker's last claim was lost, and it holds nothing that it knows of; what that claim took
+    is taken up, or it would count as a death. Raises `OlderSchema`, `NewerSchema`.
     """
     asked: dict[str, Any] = {"of_kind": kind, "by_worker": worker, "for_seconds": lease_seconds}
     if job_id is not None:
         asked["one_job"] = job_id
     with db.write() as connection:
         schema.hold(connection)
+        if again and (taken := _taken_before(connection, worker, kind, lease_seconds)) is not None:
+            return taken
         row = connection.execute(_CLAIM[db.dialect, job_id is not None], asked).mappings().one_or_none()
         if row is None:
             _remember_idle(connection, worker)
@@ -137,6 +146,14 @@ def claim(
         if kind == "shard" and row["job_state"] == JobState.READY:
             _start(connection, row)
         return _lease(row, lease_seconds)
+
+
+def _taken_before(connection: Connection, worker: str, kind: str, lease_seconds: float) -> Lease | None:
+    """The task that the worker has without knowing."""
+    held = select(task.c.id).where(LEASED, task.c.kind == kind, task.c.worker == worker).limit(1).scalar_subquery()
+    longer = update(task).where(task.c.id == held).values(lease_until=now() + lease_seconds).returning(*task.c)
+    row = connection.execute(longer).mappings().one_or_none()
+    return None if row is None else _lease(row, lease_seconds)
 
 
 def _start(connection: Connection, row: RowMapping) -> None:

@@ -99,8 +99,8 @@ def test_make_targets_that_are_named_exist(document: str) -> None:
 def test_commands_and_names_in_the_readme_exist() -> None:
     text = (ROOT / "README.md").read_text()
     commands = set(get_command(app).commands)  # type: ignore[attr-defined]
-    assert set(re.findall(r"^shortstop ([a-z]+)", text, re.MULTILINE)) <= commands
-    assert set(re.findall(r"shortstop\.([a-z]+)\(", text)) <= set(shortstop.__all__)
+    assert set(re.findall(r"^shortstop ([a-z]+(?:-[a-z]+)*)", text, re.MULTILINE)) <= commands
+    assert set(re.findall(r"shortstop\.([a-z_]+)\(", text)) <= set(shortstop.__all__)
     [spec] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     parse_job(yaml.safe_load(spec))
 

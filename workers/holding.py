@@ -29,6 +29,20 @@ def patiently(act: Callable[[], T], *, seconds: float = PATIENCE_SECONDS) -> T:
         time.sleep(_PAUSE_SECONDS)
 
 
+def claim_patiently(
+    db: Database, worker: str, *, kind: str, lease_seconds: float, job_id: int | None = None
+) -> Lease | None:
+    """`queue.claim` by a worker that holds nothing. A claim whose answer was lost is taken up by the next."""
+    asked = 0
+
+    def ask() -> Lease | None:
+        nonlocal asked
+        asked += 1
+        return queue.claim(db, worker, kind=kind, lease_seconds=lease_seconds, job_id=job_id, again=asked > 1)
+
+    return patiently(ask)
+
+
 class Holding:
     """A lease held for the length of a `with` block: renewed from a thread three times per lease, and on `progress`.
 

@@ -20,7 +20,7 @@ from engine.loading import cache_folder
 from engine.spec import parse_policy
 from workers.bundle import unpack
 from workers.evaluate import Evaluation, Run, joined
-from workers.holding import Holding, patiently
+from workers.holding import Holding, claim_patiently, patiently
 from workers.pinned import Pinned
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Worker:
     def work(self, job_id: int) -> None:
         """Work until the job has ended or `drain` was called. Raises `Unavailable` when the database stays away."""
         while not self._draining.is_set():
-            lease = patiently(self._claim(job_id))
+            lease = claim_patiently(self.db, self.name, kind="shard", lease_seconds=self.lease_seconds, job_id=job_id)
             if lease is not None:
                 self._do(lease)
                 self.after_shard()
@@ -92,9 +92,6 @@ class Worker:
 
     def pulse(self) -> Pulse:
         return Pulse(self.name, os.getpid(), self._task_id, self._batch)
-
-    def _claim(self, job_id: int) -> Callable[[], Lease | None]:
-        return lambda: queue.claim(self.db, self.name, kind="shard", lease_seconds=self.lease_seconds, job_id=job_id)
 
     def _ended(self, job_id: int) -> bool:
         if jobs.finished(self.db, job_id):

@@ -150,6 +150,21 @@ def test_a_claim_whose_answer_is_lost_costs_a_lease_and_no_shard(wire: Wire, far
     assert_as_undisturbed(far, job_id)
 
 
+def test_a_worker_takes_up_the_claim_whose_answer_was_lost(wire: Wire, far: Database) -> None:
+    """Protects healthy shards: a broken line is no death of a process, and two of them make no suspect."""
+    job_id = planned(far)
+    wire.breaks(Fault(b"COMMIT", answered=True))
+    lease = holding.claim_patiently(far, "worker", kind="shard", lease_seconds=30, job_id=job_id)
+    assert wire.cuts == 1
+    assert lease is not None
+    assert (lease.attempt, lease.epoch) == (1, 1)
+    held = "SELECT count(*) FROM task WHERE state = 'leased' AND kind = 'shard'"
+    with far.read() as connection:
+        assert connection.exec_driver_sql(held).scalar_one() == 1
+    other = holding.claim_patiently(far, "another", kind="shard", lease_seconds=30, job_id=job_id)
+    assert other is None or other.task_id != lease.task_id
+
+
 def test_the_end_of_a_job_whose_answer_is_lost(wire: Wire, far: Database) -> None:
     """The job has ended, its summaries are there, and finalising again changes nothing."""
     job_id = planned(far)
