@@ -78,5 +78,8 @@ BEGIN
   RETURN OLD;
 END $$
 """,
-    "CREATE TRIGGER job_event_stays BEFORE UPDATE OR DELETE ON job_event FOR EACH ROW EXECUTE FUNCTION keep_job_event()",
+    """
+CREATE TRIGGER job_event_stays BEFORE UPDATE OR DELETE ON job_event
+FOR EACH ROW EXECUTE FUNCTION keep_job_event()
+""",
 )
