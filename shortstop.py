@@ -13,6 +13,8 @@ Names are imported when they are first used, so that `import shortstop` costs no
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import engine.waiting  # noqa: F401 - before numpy and torch, which a user may import next
+
 if TYPE_CHECKING:
     from cluster.embedded import add_policy, completions, evaluate, report, rescore, tokens
     from cluster.reports.model import JobReport, RunReport

@@ -100,9 +100,9 @@ def _devices() -> Iterator[Check]:
 def _loops() -> Check:
     from engine import native
 
-    if native.usable():
-        return Check("cpu loops", Finding.OK, "compiled")
-    detail = "numba finds neither OpenMP nor TBB; PyTorch's operators do the same in a quarter more time"
+    if native.runs_together():
+        return Check("cpu loops", Finding.OK, "compiled, on all threads")
+    detail = "compiled, but numba finds neither OpenMP nor TBB: they run in one thread"
     return Check("cpu loops", Finding.NOTE, detail, "apt install libgomp1")
 
 

@@ -151,7 +151,12 @@ def claim(
 def _taken_before(connection: Connection, worker: str, kind: str, lease_seconds: float) -> Lease | None:
     """The task that the worker has without knowing."""
     held = select(task.c.id).where(LEASED, task.c.kind == kind, task.c.worker == worker).limit(1).scalar_subquery()
-    longer = update(task).where(task.c.id == held).values(lease_until=now() + lease_seconds).returning(*task.c)
+    longer = (
+        update(task)
+        .where(task.c.id == held, LEASED, task.c.worker == worker)
+        .values(lease_until=now() + lease_seconds, done_batches=0, alone=None)
+        .returning(*task.c)
+    )
     row = connection.execute(longer).mappings().one_or_none()
     return None if row is None else _lease(row, lease_seconds)
 

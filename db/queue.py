@@ -100,7 +100,9 @@ def renew(db: Database, lease: Lease, done_batches: int, *, alone: int | None = 
 
 def _not_renewed(connection: Connection, lease: Lease) -> Renewal:
     """Why a lease was not renewed: its own commit holds the row or is through, its job was cancelled, or it is lost."""
-    row = connection.execute(select(task.c.state, task.c.epoch).where(task.c.id == lease.task_id)).one()
+    row = connection.execute(select(task.c.state, task.c.epoch).where(task.c.id == lease.task_id)).one_or_none()
+    if row is None:  # pruned
+        raise _lost(lease)
     if row.state == TaskState.CANCELLED:
         return Renewal(cancelled=True, hungry=False)
     if row.epoch == lease.epoch and row.state in (TaskState.LEASED, TaskState.DONE, TaskState.SPLIT):

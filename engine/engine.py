@@ -161,9 +161,9 @@ class Engine:
         """Threads belong to the process: another engine, or the caller, may have set them since."""
         if self._threads_changed or torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-            native.use_threads(self.threads)
             threadpool_limits(self.threads, user_api="blas")  # numpy multiplies too, see `engine.kernels`
             self._threads_changed = False
+        native.use_threads(self.threads)  # numba keeps them for each thread
 
     def check(self, policy: PolicySpec) -> None:
         """Whether this model and its exits can run a policy. Raises `BadInput`."""

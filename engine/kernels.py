@@ -76,8 +76,8 @@ def packed(weight: Tensor, bias: Tensor | None) -> Product:
 def dots(weight: Tensor, bias: Tensor | None) -> Product:
     """Sums for two outputs of four tokens at a time, in a loop of our own: for a few tokens."""
     array = _array(weight)
-    if not native.usable():
-        raise RuntimeError("numba finds no threads here")
+    if not native.usable():  # a plan of this device class may come from a machine where it is
+        return linear(weight, bias)
     return _biased(lambda states: native.multiply(array, states), bias)
 
 
@@ -115,9 +115,11 @@ def is_plan(kernels: object) -> bool:
 
 
 def without_numpy(plan: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The plan with oneDNN wherever numpy was the fastest: what comes next after it."""
+    """The plan with oneDNN wherever numpy or a loop of our own was the fastest: their threads are not torch's."""
     return {
-        shape: ["packed"] * len(COUNTS) if {"numpy-columns", "numpy-rows"}.intersection(kernels or ()) else kernels
+        shape: ["packed"] * len(COUNTS)
+        if {"numpy-columns", "numpy-rows", "dots"}.intersection(kernels or ())
+        else kernels
         for shape, kernels in plan.items()
     }
 

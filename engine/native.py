@@ -7,21 +7,53 @@ over float32 arrays. What was measured stands in `docs/decisions/kernels.md`.
 Sums are reordered for the vector unit, so results differ from PyTorch's in the last bits, as two libraries' do.
 """
 
+import os
+from contextlib import suppress
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba as nb
 import numpy as np
 import numpy.typing as npt
 from numba import float32, int64, prange, void
-from torch import Tensor, device, empty, from_numpy
+from torch import Tensor, device, empty, from_numpy, is_grad_enabled
 from torch import float32 as float_
 from torch.compiler import is_compiling
 
+from engine.loading import cache_folder
+
 Floats = npt.NDArray[np.float32]
+
+
+def _has_threads() -> bool:
+    for layer in ("omppool", "tbbpool"):
+        with suppress(ImportError):
+            import_module(f"numba.np.ufunc.{layer}")
+            return True
+    return False
+
+
+def _can_be_kept() -> bool:
+    """Whether there is a folder for what was compiled: one for each processor, and apart where nothing runs together,
+    since numba takes the parallel and the serial compilation of a function for the same.
+    """
+    if nb.config.CACHE_DIR:
+        return True
+    folder = cache_folder() / "numba" / f"{llvm.get_host_cpu_name()}-{'threads' if _THREADS else 'alone'}"
+    with suppress(OSError):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    nb.config.CACHE_DIR = str(folder) if os.access(folder, os.W_OK) else ""
+    return bool(nb.config.CACHE_DIR)
+
 
 # OpenMP or TBB: the third one that numba brings ends the process when two threads call it at once.
 nb.config.THREADING_LAYER = "threadsafe"
+#: whether one of the two is here; without, loops run in the thread that calls them
+_THREADS = _has_threads()
+_KEPT = _can_be_kept()
 
 #: sums in any order and fused multiply-add; infinities and NaN stay what they are
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -42,29 +74,32 @@ Tokens = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int6
 
 def _loop(signature: object, parallel: bool = False) -> Any:
     """Compiled when this module is first imported on a machine, and kept in numba's cache."""
-    return nb.njit(signature, fastmath=_FAST, nogil=True, cache=True, error_model="numpy", parallel=parallel)
+    together = parallel and _THREADS
+    return nb.njit(signature, fastmath=_FAST, nogil=True, cache=_KEPT, error_model="numpy", parallel=together)
 
 
 @cache
 def usable() -> bool:
-    """Whether numba finds threads that any thread may use: on Linux OpenMP, where libgomp is installed."""
-    try:
-        _multiply(*np.ones((3, 1, 1), np.float32), 1)
-    except ValueError:
-        return False
-    return True
+    """Whether loops can run here: not where another library has started the threads of numba that end the process."""
+    _multiply(*np.ones((3, 1, 1), np.float32), 1)
+    return not _THREADS or nb.threading_layer() in ("omp", "tbb")
+
+
+def runs_together() -> bool:
+    """Whether loops may use several threads: on Linux where libgomp is installed."""
+    return _THREADS and usable()
 
 
 def use_threads(threads: int) -> None:
     """For loops that the calling thread starts from now on."""
-    if usable():
+    if runs_together():
         nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
 
 
 def fits(tensor: Tensor) -> bool:
     """Whether these loops are made for such tensors. Gradients, and code that `torch.compile` reads, are PyTorch's."""
-    plain = tensor.dtype is float_ and tensor.device == _CPU and not tensor.requires_grad
-    return plain and not is_compiling() and usable()
+    plain = tensor.dtype is float_ and tensor.device == _CPU
+    return plain and not is_grad_enabled() and not is_compiling() and usable()
 
 
 # --- states ----------------------------------------------------------------------------------------------------------
@@ -114,7 +149,7 @@ def add_rms_norm(states: Tensor, added: Tensor, weight: Tensor, epsilon: float) 
     return sums, out
 
 
-@nb.njit(float32(float32), fastmath={"contract"}, nogil=True, cache=True)
+@nb.njit(float32(float32), fastmath={"contract"}, nogil=True, cache=_KEPT)
 def _exp(x: np.float32) -> np.float32:
     """E to a power of 0 or less (below -87: as -87), to a unit in the last place or two, in steps that vectors have.
 
@@ -380,7 +415,7 @@ def attend(
 # --- products --------------------------------------------------------------------------------------------------------
 
 
-@nb.njit(void(_table, _table, _table, int64, int64), fastmath=_FAST, nogil=True, cache=True)
+@nb.njit(void(_table, _table, _table, int64, int64), fastmath=_FAST, nogil=True, cache=_KEPT)
 def _some_outputs(weight: Floats, states: Floats, out: Floats, first: int, end: int) -> None:
     """Two outputs of four tokens at a time: eight sums fill the vector registers, and weights are read once."""
     tokens, inputs = states.shape
@@ -447,5 +482,5 @@ def _multiply(weight: Floats, states: Floats, out: Floats, parts: int) -> None:
 def multiply(weight: Floats, states: Tensor) -> Tensor:
     """Weights [outputs, inputs] times states [tokens, inputs], for a few tokens: [tokens, outputs]."""
     out = empty(len(states), len(weight))
-    _multiply(weight, states.contiguous().numpy(), out.numpy(), nb.get_num_threads())
+    _multiply(weight, states.contiguous().numpy(), out.numpy(), nb.get_num_threads() if _THREADS else 1)
     return out

@@ -51,7 +51,7 @@ def pairs_table(sines_cosines: Tensor, head_size: int) -> Table:
 def rotate_halves(heads: Tensor, place: Table) -> Tensor:
     """Heads [tokens, heads, head size] turned by rows of the table, [tokens, 1, head size] each."""
     cos, sin = place
-    if native.fits(heads):
+    if native.fits(heads) and cos.shape == sin.shape == (len(heads), 1, heads.shape[-1]):
         return native.rotate_halves(heads, cos, sin)
     return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
 

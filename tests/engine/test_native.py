@@ -1,6 +1,10 @@
 """The CPU's own loops: each against PyTorch on shapes that fill no vector, and an engine without them."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,3 +140,23 @@ def test_an_engine_without_them_writes_the_same(
     )
     assert tokens() == ours
     assert steps
+
+
+@pytest.mark.parametrize("cache", ["", "/proc/nowhere"])
+def test_loops_where_numba_has_no_threads_and_no_folder(cache: str, tmp_path: Path) -> None:
+    """Protects machines without libgomp, and those where nothing can be written: loops run alone."""
+    code = """
+import sys
+for layer in ("omppool", "tbbpool", "workqueue"):
+    sys.modules[f"numba.np.ufunc.{layer}"] = None
+import torch
+from engine import native
+native.use_threads(2)
+print(native.runs_together(), native.multiply(torch.ones(3, 4).numpy(), torch.ones(2, 4)).sum().item())
+"""
+    place = {"SHORTSTOP_CACHE": cache or str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | place, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "24.0"]
+    assert any(tmp_path.glob("numba/*-alone/*")) == (not cache)

@@ -115,7 +115,7 @@ def test_compiled_layers_write_the_same(tiny_folder: Callable[[str], Path]) -> N
 
 def test_numpy_is_left_out_where_torch_spins() -> None:
     """Protects who loads torch first: no product of numpy beside threads that wait in a busy loop."""
-    plan = {"a": ["linear", *["numpy-rows"] * 8], "b": ["numpy-columns"] * 9, "c": PLAIN}
+    plan = {"a": ["linear", *["numpy-rows"] * 8], "b": ["dots"] * 9, "c": PLAIN}
     assert without_numpy(plan) == {"a": ["packed"] * 9, "b": ["packed"] * 9, "c": PLAIN}
     code = "import torch; from engine.waiting import spins; print(spins)"
     without = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
