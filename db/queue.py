@@ -100,8 +100,9 @@ def renew(db: Database, lease: Lease, done_batches: int, *, alone: int | None = 
 
 def _not_renewed(connection: Connection, lease: Lease) -> Renewal:
     """Why a lease was not renewed: its own commit holds the row or is through, its job was cancelled, or it is lost."""
-    row = connection.execute(select(task.c.state, task.c.epoch).where(task.c.id == lease.task_id)).one_or_none()
-    if row is None:  # pruned
+    now_there = select(task.c.state, task.c.epoch, task.c.worker).where(task.c.id == lease.task_id)
+    row = connection.execute(now_there).one_or_none()
+    if row is None or row.worker != lease.worker:  # pruned, and on SQLite perhaps another's by now
         raise _lost(lease)
     if row.state == TaskState.CANCELLED:
         return Renewal(cancelled=True, hungry=False)
@@ -299,7 +300,8 @@ def storable(text: str) -> str:
 
 
 def _held(lease: Lease) -> list[Any]:
-    return [task.c.id == lease.task_id, task.c.epoch == lease.epoch, LEASED]
+    # The worker too: SQLite gives the number of a pruned task to a new one, whose epochs begin anew.
+    return [task.c.id == lease.task_id, task.c.epoch == lease.epoch, task.c.worker == lease.worker, LEASED]
 
 
 def _change(row: RowMapping) -> Update:
@@ -315,8 +317,9 @@ def _fence(connection: Connection, lease: Lease, state: TaskState) -> RowMapping
     row = connection.execute(move).mappings().one_or_none()
     if row is not None:
         return row
-    seen = connection.execute(select(task.c.state, task.c.epoch).where(task.c.id == lease.task_id)).one_or_none()
-    if seen is None or (seen.state, seen.epoch) != (state, lease.epoch):
+    now_there = select(task.c.state, task.c.epoch, task.c.worker).where(task.c.id == lease.task_id)
+    seen = connection.execute(now_there).one_or_none()
+    if seen is None or tuple(seen) != (state, lease.epoch, lease.worker):
         raise _lost(lease)
     return None
 

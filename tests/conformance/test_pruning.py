@@ -9,9 +9,9 @@ from made import claimed, planned_job, results_of, summarise, work
 from sqlalchemy import func, select, text
 from test_checks import HASHES
 
-from db import jobs, pruning, results
+from db import jobs, pruning, queue, results
 from db.checks import check
-from db.errors import BadInput
+from db.errors import BadInput, LeaseLost
 from db.pruning import Pruned, planned, prune
 from db.session import Database, open_database
 from db.tables import job, job_event, metadata
@@ -279,3 +279,27 @@ def test_foreign_keys_are_served_while_it_runs(db: Database) -> None:
                 assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
         else:
             assert quick is db
+
+
+def test_a_worker_of_a_pruned_job_writes_nothing_into_a_new_one(db: Database) -> None:
+    """Protects the new job where SQLite gives its rows the numbers of the old one's."""
+    gone = planned_job(db, 4, shard_batches=4)
+    frozen = claimed(db, "frozen", job_id=gone)
+    late = results_of(db, frozen)
+    jobs.cancel_job(db, gone)
+    prune(db, 0)
+    new = planned_job(db, 4, shard_batches=4)
+    lease = claimed(db, "awake", job_id=new)
+    if db.dialect == "sqlite":
+        assert (lease.task_id, lease.epoch) == (frozen.task_id, frozen.epoch)
+    for act in (
+        lambda: queue.renew(db, frozen, 0),
+        lambda: results.commit_shard(db, frozen, late),
+    ):
+        with pytest.raises(LeaseLost):
+            act()
+    assert not queue.give_back(db, frozen)
+    assert not queue.fail(db, frozen, "late")
+    results.commit_shard(db, lease, results_of(db, lease))
+    with pytest.raises(LeaseLost):
+        results.commit_shard(db, frozen, late)
