@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, func, insert, select
 
 from db.clock import now
 from db.session import Database
@@ -53,6 +53,12 @@ def record(connection: Connection, job_id: int, who: str, what: What, **detail: 
     """
     connection.execute(select(job.c.id).where(job.c.id == job_id).with_for_update(key_share=True))
     connection.execute(insert(job_event).values(job_id=job_id, at=now(), who=who, what=what, detail=detail))
+
+
+def newest(connection: Connection, job_id: int) -> int:
+    """The id of the job's last event, 0 where there is none: while it is the same, nothing has happened to the job."""
+    last = select(func.max(job_event.c.id)).where(job_event.c.job_id == job_id)
+    return connection.execute(last).scalar_one() or 0
 
 
 def events(db: Database, job_id: int, after: int = 0) -> list[Event]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from sqlalchemy import Connection, insert, select
 
+from db import schema
 from db.checks import Hashes, check_job
 from db.clock import now
 from db.errors import BadInput
@@ -66,6 +67,7 @@ def import_job(db: Database, folder: Path, hashes: Hashes) -> Imported:
     """
     id, content = read_manifest(folder)
     with db.write() as connection:
+        schema.hold(connection)
         fields = content["job"] | {"principal": PRINCIPAL, "idempotency_key": id, "body_hash": id}
         is_new = insert_new(connection, job, fields)
         by_key = select(job.c.id).where(job.c.principal == PRINCIPAL, job.c.idempotency_key == id)

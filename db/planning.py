@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
 
-from db import events
+from db import events, schema
 from db.clock import now
 from db.errors import BadInput
 from db.events import LOCAL, What
@@ -59,6 +59,7 @@ def add_policy(db: Database, job_id: int, policy: PlannedPolicy, *, who: str = L
     running again until the new shards have ended. Raises `BadInput` where it is not done or has a policy of that label.
     """
     with db.write() as connection:
+        schema.hold(connection)
         found = connection.execute(select(job).where(job.c.id == job_id).with_for_update()).one_or_none()
         if found is None:
             raise BadInput(f"job {job_id} does not exist; `shortstop list` shows those that do.")

@@ -27,6 +27,7 @@ from sqlalchemy import (
     update,
 )
 
+from db import schema
 from db.clock import now
 from db.errors import BadInput
 from db.records import JobState, TaskState
@@ -173,10 +174,13 @@ def _remove_lost_events(db: Database) -> None:
 def _remove(db: Database, table: Table, which: ColumnElement[bool]) -> int:
     """Delete rows, newest first (a shard before the one that it was split from), some thousand a transaction."""
     key = list(table.primary_key)
-    some = select(*key).where(which).order_by(*(column.desc() for column in key)).limit(_ROWS)
+    # in the order of an index that begins with what the rows have in common, or each time all that are left are sorted
+    order = {outcome: [outcome.c.sample_id], sample: [sample.c.position]}.get(table, key)
+    some = select(*key).where(which).order_by(*(column.desc() for column in order)).limit(_ROWS)
     removed = 0
     while True:
         with db.write() as connection:
+            schema.hold(connection)
             rows = connection.execute(delete(table).where(which, tuple_(*key).in_(some))).rowcount
         removed += rows
         if rows < _ROWS:

@@ -11,10 +11,11 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, insert, literal, select, update
 
-from db import events
+from db import events, schema
 from db.errors import BadInput
 from db.events import LOCAL, What
 from db.jobs import runs_of
+from db.pruning import is_half_pruned
 from db.readings import run_data
 from db.records import JobState, RunData, RunRow, ScoreRow
 from db.rollups import ScoreSums, add_scores, replace_scores
@@ -122,9 +123,10 @@ def rescore(
 def _begin(db: Database, job_id: int, metrics: dict[str, str], who: str) -> _Attempt:
     """Take the next revision; that it is taken stands among the job's events."""
     with db.write() as connection:
-        chosen = select(job.c.state, job.c.finished_at).where(job.c.id == job_id).with_for_update()
+        schema.hold(connection)
+        chosen = select(job.c.state, job.c.finished_at, job.c.error).where(job.c.id == job_id).with_for_update()
         row = connection.execute(chosen).one_or_none()
-        if row is None:
+        if row is None or is_half_pruned(row):
             raise BadInput(f"job {job_id} does not exist; `shortstop list` shows those that do.")
         if not JobState(row.state).ended:
             raise BadInput(f"job {job_id} is {row.state}; score it again once it has ended.")
@@ -242,8 +244,12 @@ def _check_unchanged(connection: Connection, attempt: _Attempt, *, to_flip: bool
 
     Raises `_Overtaken`, `BadInput`.
     """
-    ended = select(job.c.finished_at).where(job.c.id == attempt.job_id).with_for_update(read=not to_flip)
-    if connection.execute(ended).scalar_one_or_none() != attempt.finished_at:
+    schema.hold(connection)
+    ended = select(job.c.finished_at, job.c.error).where(job.c.id == attempt.job_id)
+    row = connection.execute(ended.with_for_update(read=not to_flip)).one_or_none()
+    if row is None or is_half_pruned(row):
+        raise BadInput(f"job {attempt.job_id} is being pruned; there is nothing left to score.")
+    if row.finished_at != attempt.finished_at:
         raise BadInput(f"job {attempt.job_id} is worked on again; score it again once it has ended.")
     if _in_force(connection, attempt.job_id) != attempt.base:
         raise _Overtaken

@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, exists, insert, select, update
 
-from db import events, queue
+from db import events, queue, schema
 from db.clock import now
 from db.errors import RecordError
 from db.events import What
@@ -103,16 +103,17 @@ def finalise(db: Database, job_id: int, summarise: Callable[[RunData], dict[str,
     """Once all shards have ended: store every run's summary and end the job (failed where a shard died).
 
     Idempotent: may be called by anybody at any time. True for the one call that ended the job. `summarise` runs outside
-    any transaction; it is not asked about a run without outcomes.
+    any transaction; it is not asked about a run without outcomes. Where something happened to the job meanwhile, as
+    a policy that was added, nothing is stored: call again. Raises `OlderSchema`, `NewerSchema`.
     """
     with db.read() as connection:
         if not _ready_to_end(connection, job_id):
             return False
-        rows = runs_of(connection, job_id)
+        rows, seen = runs_of(connection, job_id), events.newest(connection, job_id)
     data = (run_data(db, row.id) for row in rows)  # one at a time: a run may have very many samples
     summaries = {one.run_id: summarise(one) for one in data if len(one.sample)}
     with db.write() as connection:
-        if not _end(connection, job_id):
+        if not _end(connection, job_id, seen):
             return False
         for run_id, summary in summaries.items():
             connection.execute(update(run).where(run.c.id == run_id).values(summary=summary))
@@ -124,10 +125,14 @@ def _ready_to_end(connection: Connection, job_id: int) -> bool:
     return state in (JobState.READY, JobState.RUNNING) and not has_open_tasks(connection, job_id)
 
 
-def _end(connection: Connection, job_id: int) -> bool:
-    """Move the job to its last state. Of two that try at once one waits for the other, and then finds the job ended."""
+def _end(connection: Connection, job_id: int, seen: int) -> bool:
+    """Move the job to its last state, unless its newest event is not `seen` any more.
+
+    Of two that try at once one waits for the other, and then finds the job ended.
+    """
+    schema.hold(connection)
     whose = connection.execute(select(job.c.principal).where(job.c.id == job_id).with_for_update()).scalar_one()
-    if not _ready_to_end(connection, job_id):
+    if not _ready_to_end(connection, job_id) or events.newest(connection, job_id) != seen:
         return False
     error = _deaths(connection, job_id)
     state, what = (JobState.DONE, What.DONE) if error is None else (JobState.FAILED, What.FAILED)

@@ -35,10 +35,13 @@ def import_job(
 ) -> None:
     """Read an exported job into the database; a second time nothing is written."""
     from cluster.contents import hashes
+    from db.exchange import read_manifest
     from db.importing import import_job
 
+    source = Path(folder).expanduser()
+    read_manifest(source)  # before there is a database
     with opened(start(database)) as db:
-        found = import_job(db, Path(folder).expanduser(), hashes())
+        found = import_job(db, source, hashes())
     if as_json:
         print_json({"job": found.job_id, "new": found.new})
     else:

@@ -257,3 +257,24 @@ def test_a_job_that_is_done_again_is_finalised_once(db: Database, done: int) -> 
     summaries, finished_at = [run.summary for run in jobs.runs(db, done)], jobs.job(db, done).finished_at
     assert not results.finalise(db, done, summarise)
     assert ([run.summary for run in jobs.runs(db, done)], jobs.job(db, done).finished_at) == (summaries, finished_at)
+
+
+def test_a_finaliser_that_comes_late_stores_nothing(db: Database, done: int) -> None:
+    """Protects summaries: what one froze with, before the job took another policy, is not what the job ended with."""
+    add(db, done)
+    work_added(db, done)
+
+    def frozen(data: object) -> dict[str, object]:
+        if not meanwhile:
+            meanwhile.append(results.finalise(db, done, summarise))
+            add(db, done, "patience patience=3")
+            work_added(db, done)
+        return {"by": "late"}
+
+    meanwhile: list[bool] = []
+    assert not results.finalise(db, done, frozen)
+    assert meanwhile == [True]
+    assert results.finalise(db, done, summarise)
+    summaries = [one.summary for one in jobs.runs(db, done)]
+    assert None not in summaries
+    assert {"by": "late"} not in summaries

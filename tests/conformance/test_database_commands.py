@@ -142,3 +142,12 @@ def test_export_and_import_answer_in_json(done: Database, tmp_path: Path) -> Non
         assert len(list(results.completions(other, job_id=1))) == 22
     refused = call("import", tmp_path, "--database", target)
     assert (refused.exit_code, "holds no manifest.json" in refused.stderr) == (2, True)
+
+
+def test_an_import_of_nothing_makes_no_database(tmp_path: Path) -> None:
+    """Protects folders: what is refused leaves nothing behind."""
+    file = tmp_path / "record.db"
+    done = call("import", tmp_path / "nowhere", "--database", f"sqlite:///{file}")
+    assert done.exit_code == 2
+    assert "manifest.json" in done.stderr
+    assert not file.exists()

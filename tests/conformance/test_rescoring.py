@@ -9,7 +9,7 @@ import pytest
 from made import claimed, planned_job, results_of, summarise, work
 from sqlalchemy import text
 
-from db import jobs, queue, rescoring, results
+from db import jobs, pruning, queue, rescoring, results
 from db.errors import BadInput
 from db.records import CompletionRow, RunData
 from db.rescoring import Completed, rescore
@@ -290,3 +290,31 @@ def test_scores_of_another_job_are_left_alone(db: Database, done: int) -> None:
     again(db, done)
     assert [row.scores for row in results.completions(db, job_id=other)] == before
     assert revisions(db, other) == {1}
+
+
+def test_a_job_that_is_being_pruned_is_not_scored(db: Database, done: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the record from scores of a run that goes: before an attempt, and in the middle of one."""
+
+    def killed(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    def condemn() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(pruning, "_take_apart", killed)
+            with pytest.raises(KeyboardInterrupt):
+                pruning.prune(db, 0)
+
+    def score_one(completed: Completed) -> dict[str, float]:
+        if not condemned:
+            condemned.append(True)
+            condemn()
+        return length(completed)
+
+    condemned: list[bool] = []
+    with pytest.raises(BadInput, match="is being pruned"):
+        rescore(db, done, {"length": "length@1"}, score_one, summary, with_tokens=True)
+    with pytest.raises(BadInput, match="does not exist"):
+        again(db, done)
+    pruning.prune(db, 0)
+    with db.read() as connection:
+        assert connection.execute(text("SELECT count(*) FROM score")).scalar_one() == 0
