@@ -12,7 +12,6 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Row,
     Select,
     Table,
     delete,
@@ -120,7 +119,7 @@ def planned(db: Database, older_than_s: float) -> Pruned:
         )
 
 
-def is_half_pruned(row: Row[Any]) -> bool:
+def is_half_pruned(row: Any) -> bool:
     """Whether a row of `job` or `benchmark` is one of which a prune that was interrupted has removed a part."""
     mark = row.error if hasattr(row, "error") else row.content_hash
     return mark is not None and mark.startswith(_MARK)

@@ -2,41 +2,27 @@
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import native
 from engine.cache import KeyValues, Span
+from engine.native_attention import Attention
 
 if TYPE_CHECKING:
     from engine.stack import LayerStack
 
-#: nothing is hidden
-_ALL = np.zeros((1, 0), np.int64)
-
 
 class NativeAttention:
-    """A few tokens a row on the CPU: one loop over rows and heads, in which no row waits for a longer one."""
+    """A few tokens a row on the CPU."""
 
     def __init__(self, stack: "LayerStack", span: Span, cache: KeyValues) -> None:
         self.stack, self.cache = stack, cache
-        self.tokens = np.array(span.rows), np.array(span.starts), np.array(span.counts)
-        self.loop = native.attention_loop(self.tokens)
-        self.visible = _ALL if cache.visible is None else cache.visible.numpy()
+        visible = None if cache.visible is None else cache.visible.numpy()
+        self.attend = Attention(span.rows, span.starts, span.counts, visible, stack.attention_scale)
 
     def __call__(self, layer: int, q: Tensor) -> Tensor:
-        return native.attend(
-            self.loop,
-            q,
-            *self.cache.arrays[layer],
-            self.tokens,
-            window=self.stack.window(layer),
-            visible=self.visible,
-            layer=layer,
-            scale=self.stack.attention_scale,
-        )
+        return self.attend(q, *self.cache.arrays[layer], window=self.stack.window(layer), layer=layer)
 
 
 class StepAttention:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine import native
+from engine.loops import Floats
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class KeyValues:
         return self.keys.shape[3]
 
     @cached_property
-    def arrays(self) -> list[tuple[native.Floats, native.Floats]]:
+    def arrays(self) -> list[tuple[Floats, Floats]]:
         """Keys and values of each layer as arrays over the same memory, on the CPU."""
         return [(keys.numpy(), values.numpy()) for keys, values in zip(self.keys, self.values, strict=True)]
 

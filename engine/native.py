@@ -7,93 +7,42 @@ over float32 arrays. What was measured stands in `docs/decisions/kernels.md`.
 Sums are reordered for the vector unit, so results differ from PyTorch's in the last bits, as two libraries' do.
 """
 
-import os
-from contextlib import suppress
 from functools import cache
-from importlib import import_module
-from pathlib import Path
-from typing import Any
 
-import llvmlite.binding as llvm
 import numba as nb
 import numpy as np
 import numpy.typing as npt
 from numba import float32, int64, prange, void
-from torch import Tensor, device, empty, from_numpy, is_grad_enabled
+from torch import Tensor, device, empty, is_grad_enabled
 from torch import float32 as float_
 from torch.compiler import is_compiling
 
-from engine.loading import cache_folder
-
-Floats = npt.NDArray[np.float32]
-
-
-def _has_threads() -> bool:
-    for layer in ("omppool", "tbbpool"):
-        with suppress(ImportError):
-            import_module(f"numba.np.ufunc.{layer}")
-            return True
-    return False
-
-
-def _can_be_kept() -> bool:
-    """Whether there is a folder for what was compiled: one for each processor, and apart where nothing runs together,
-    since numba takes the parallel and the serial compilation of a function for the same.
-    """
-    if nb.config.CACHE_DIR:
-        return True
-    folder = cache_folder() / "numba" / f"{llvm.get_host_cpu_name()}-{'threads' if _THREADS else 'alone'}"
-    with suppress(OSError):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    nb.config.CACHE_DIR = str(folder) if os.access(folder, os.W_OK) else ""
-    return bool(nb.config.CACHE_DIR)
-
-
-# OpenMP or TBB: the third one that numba brings ends the process when two threads call it at once.
-nb.config.THREADING_LAYER = "threadsafe"
-#: whether one of the two is here; without, loops run in the thread that calls them
-_THREADS = _has_threads()
-_KEPT = _can_be_kept()
-
-#: sums in any order and fused multiply-add; infinities and NaN stay what they are
-_FAST = {"reassoc", "contract", "nsz", "arcp"}
-_row = float32[::1]
-_table = float32[:, ::1]
-_cube = float32[:, :, ::1]
-_cache = float32[:, :, :, ::1]
-_strided = nb.types.Array(float32, 3, "A")
-_places = int64[::1]
-_hidden = int64[:, ::1]
-_hidden_row = int64[::1]
+from engine.loops import CACHE, CUBE, FAST, KEPT, PLACES, ROW, STRIDED, TABLE, THREADS, Floats, loop
 
 _CPU = device("cpu")
-
-#: a span's rows, the position of each one's first token in hand, and how many it has, [rows] each
-Tokens = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
-
-
-def _loop(signature: object, parallel: bool = False) -> Any:
-    """Compiled when this module is first imported on a machine, and kept in numba's cache."""
-    together = parallel and _THREADS
-    return nb.njit(signature, fastmath=_FAST, nogil=True, cache=_KEPT, error_model="numpy", parallel=together)
 
 
 @cache
 def usable() -> bool:
     """Whether loops can run here: not where another library has started the threads of numba that end the process."""
     _multiply(*np.ones((3, 1, 1), np.float32), 1)
-    return not _THREADS or nb.threading_layer() in ("omp", "tbb")
+    return not THREADS or nb.threading_layer() in ("omp", "tbb")
 
 
 def runs_together() -> bool:
     """Whether loops may use several threads: on Linux where libgomp is installed."""
-    return _THREADS and usable()
+    return THREADS and usable()
 
 
 def use_threads(threads: int) -> None:
     """For loops that the calling thread starts from now on."""
     if runs_together():
         nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
+
+
+def threads() -> int:
+    """That loops of the calling thread may use."""
+    return nb.get_num_threads() if runs_together() else 1
 
 
 def fits(tensor: Tensor) -> bool:
@@ -105,7 +54,7 @@ def fits(tensor: Tensor) -> bool:
 # --- states ----------------------------------------------------------------------------------------------------------
 
 
-@_loop(void(_table, _row, float32, _table))
+@loop(void(TABLE, ROW, float32, TABLE))
 def _rms_norm(states: Floats, weight: Floats, epsilon: float, out: Floats) -> None:
     width = states.shape[1]
     for token in range(states.shape[0]):
@@ -125,7 +74,7 @@ def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return out
 
 
-@_loop(void(_table, _table, _row, float32, _table, _table))
+@loop(void(TABLE, TABLE, ROW, float32, TABLE, TABLE))
 def _add_rms_norm(states: Floats, added: Floats, weight: Floats, epsilon: float, sums: Floats, out: Floats) -> None:
     width = states.shape[1]
     for token in range(states.shape[0]):
@@ -149,8 +98,8 @@ def add_rms_norm(states: Tensor, added: Tensor, weight: Tensor, epsilon: float) 
     return sums, out
 
 
-@nb.njit(float32(float32), fastmath={"contract"}, nogil=True, cache=_KEPT)
-def _exp(x: np.float32) -> np.float32:
+@nb.njit(float32(float32), fastmath={"contract"}, nogil=True, cache=KEPT)
+def exp(x: np.float32) -> np.float32:
     """E to a power of 0 or less (below -87: as -87), to a unit in the last place or two, in steps that vectors have.
 
     Cody and Waite's reduction to [-ln 2 / 2, ln 2 / 2], then the polynomial of the Cephes library (Moshier 1992).
@@ -171,14 +120,14 @@ def _exp(x: np.float32) -> np.float32:
     return p * power.view(np.float32)
 
 
-@_loop(void(_table, _table))
+@loop(void(TABLE, TABLE))
 def _gate_silu(gate_up: Floats, out: Floats) -> None:
     width = out.shape[1]
     for token in range(out.shape[0]):
         both, gated = gate_up[token], out[token]
         for i in range(width):
             x = both[i]
-            small = _exp(-abs(x))
+            small = exp(-abs(x))
             sigmoid = np.float32(1) / (np.float32(1) + small)
             if x < 0:
                 sigmoid *= small
@@ -192,7 +141,7 @@ def gate_silu(gate_up: Tensor) -> Tensor:
     return out
 
 
-@_loop(void(_strided, _cube, _cube))
+@loop(void(STRIDED, CUBE, CUBE))
 def _rotate_halves(heads: Floats, cos: Floats, sin: Floats) -> None:
     half = heads.shape[2] // 2
     for token in range(heads.shape[0]):
@@ -213,7 +162,7 @@ def rotate_halves(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-@_loop(void(_cache, _cache, _places, _places, _strided, _strided))
+@loop(void(CACHE, CACHE, PLACES, PLACES, STRIDED, STRIDED))
 def _store(
     keys: Floats, values: Floats, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], k: Floats, v: Floats
 ) -> None:
@@ -232,190 +181,10 @@ def store(
     _store(keys, values, rows, positions, k.numpy(), v.numpy())
 
 
-# --- attention -------------------------------------------------------------------------------------------------------
-
-
-@nb.njit(inline="always")
-def _score(query: Floats, keys: Floats, begin: int, end: int, scores: Floats) -> None:
-    """The query times each of a head's keys, four at a time so that it is read once for them."""
-    in_fours = end - (end - begin) % 4
-    for j in range(begin, in_fours, 4):
-        a = b = c = d = np.float32(0)
-        for i in range(len(query)):
-            a += query[i] * keys[j, i]
-            b += query[i] * keys[j + 1, i]
-            c += query[i] * keys[j + 2, i]
-            d += query[i] * keys[j + 3, i]
-        scores[j], scores[j + 1], scores[j + 2], scores[j + 3] = a, b, c, d
-    for j in range(in_fours, end):
-        a = np.float32(0)
-        for i in range(len(query)):
-            a += query[i] * keys[j, i]
-        scores[j] = a
-
-
-@nb.njit(inline="always")
-def _exp_scores(scores: Floats, begin: int, end: int) -> np.float32:
-    """Scores to weights that are not yet divided by their sum, which is given back."""
-    highest = np.float32(-np.inf)
-    for j in range(begin, end):
-        highest = max(highest, scores[j])
-    for j in range(begin, end):
-        scores[j] = _exp(scores[j] - highest)
-    total = np.float32(0)
-    for j in range(begin, end):
-        total += scores[j]
-    return total
-
-
-@nb.njit(inline="always")
-def _mix(weights: Floats, values: Floats, begin: int, end: int, mixed: Floats) -> None:
-    """The weighted sum of a head's values."""
-    in_fours = end - (end - begin) % 4
-    mixed[:] = np.float32(0)
-    for j in range(begin, in_fours, 4):
-        a, b, c, d = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
-        for i in range(len(mixed)):
-            mixed[i] += a * values[j, i] + b * values[j + 1, i] + c * values[j + 2, i] + d * values[j + 3, i]
-    for j in range(in_fours, end):
-        for i in range(len(mixed)):
-            mixed[i] += weights[j] * values[j, i]
-
-
-@_loop(void(_strided, _table, _table, int64, int64, int64, int64, int64, _hidden_row, int64, float32, _cube))
-def _attend_head(
-    q: Floats,
-    keys: Floats,
-    values: Floats,
-    head: int,
-    first: int,
-    start: int,
-    count: int,
-    window: int,
-    visible: npt.NDArray[np.int64],
-    layer: int,
-    scale: float,
-    out: Floats,
-) -> None:
-    """One head of a row's tokens, from the flat place `first` on, over that row's keys and values of it."""
-    size = keys.shape[1]
-    query, mixed = np.empty(size, np.float32), np.empty(size, np.float32)
-    scores = np.empty(start + count, np.float32)
-    for nth in range(count):
-        token, end = first + nth, start + nth + 1
-        begin = max(0, end - window) if window else 0
-        for i in range(size):
-            query[i] = q[token, head, i] * scale
-        _score(query, keys, begin, end, scores)
-        for j in range(begin, min(end, len(visible))):
-            if visible[j] <= layer:
-                scores[j] = -np.inf
-        total = _exp_scores(scores, begin, end)
-        _mix(scores, values, begin, end, mixed)
-        for i in range(size):
-            out[token, head, i] = mixed[i] / total
-
-
-_ATTENTION = void(_strided, _cache, _cache, _places, _places, _places, int64, _hidden, int64, float32, _cube)
-
-
-@_loop(_ATTENTION)
-def _attend_alone(
-    q: Floats,
-    keys: Floats,
-    values: Floats,
-    rows: npt.NDArray[np.int64],
-    starts: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int64],
-    window: int,
-    visible: npt.NDArray[np.int64],
-    layer: int,
-    scale: float,
-    out: Floats,
-) -> None:
-    heads, group, first = q.shape[1], q.shape[1] // keys.shape[1], 0
-    for place in range(len(rows)):
-        row, start, count = rows[place], starts[place], counts[place]
-        seen = visible[row if visible.shape[0] > 1 else 0]
-        for head in range(heads):
-            kv = head // group
-            _attend_head(q, keys[row, kv], values[row, kv], head, first, start, count, window, seen, layer, scale, out)
-        first += count
-
-
-@_loop(_ATTENTION, parallel=True)
-def _attend_together(
-    q: Floats,
-    keys: Floats,
-    values: Floats,
-    rows: npt.NDArray[np.int64],
-    starts: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int64],
-    window: int,
-    visible: npt.NDArray[np.int64],
-    layer: int,
-    scale: float,
-    out: Floats,
-) -> None:
-    heads, group = q.shape[1], q.shape[1] // keys.shape[1]
-    firsts = np.cumsum(counts) - counts
-    # Not a function of both: numba's cache would take the one for the other.
-    for task in prange(len(rows) * heads):
-        place, head = task // heads, task % heads
-        row, kv = rows[place], head // group
-        seen = visible[row if visible.shape[0] > 1 else 0]
-        _attend_head(
-            q,
-            keys[row, kv],
-            values[row, kv],
-            head,
-            firsts[place],
-            starts[place],
-            counts[place],
-            window,
-            seen,
-            layer,
-            scale,
-            out,
-        )
-
-
-#: keys that are looked at, over all rows: fewer, and waking the other threads takes longer than they save
-_WORTH_WAKING = 1000
-
-
-def attention_loop(tokens: Tokens) -> Any:
-    """What `attend` runs for these tokens, in every layer."""
-    _, starts, counts = tokens
-    return _attend_together if starts.sum() + counts.sum() > _WORTH_WAKING else _attend_alone
-
-
-def attend(
-    loop: Any,
-    q: Tensor,
-    keys: Floats,
-    values: Floats,
-    tokens: Tokens,
-    *,
-    window: int | None,
-    visible: npt.NDArray[np.int64],
-    layer: int,
-    scale: float,
-) -> Tensor:
-    """Attention of `tokens`, each over its row's positions up to its own: [tokens, heads * head size].
-
-    q: [tokens, heads, head size]; keys and values: a layer's, [rows, kv heads, positions, head size]. visible: see
-    `KeyValues.visible`, or [1, 0] where all is seen. A position that is hidden has no weight.
-    """
-    out = np.empty(q.shape, np.float32)
-    loop(q.numpy(), keys, values, *tokens, window or 0, visible, layer, scale, out)
-    return from_numpy(out.reshape(len(out), -1))
-
-
 # --- products --------------------------------------------------------------------------------------------------------
 
 
-@nb.njit(void(_table, _table, _table, int64, int64), fastmath=_FAST, nogil=True, cache=_KEPT)
+@nb.njit(void(TABLE, TABLE, TABLE, int64, int64), fastmath=FAST, nogil=True, cache=KEPT)
 def _some_outputs(weight: Floats, states: Floats, out: Floats, first: int, end: int) -> None:
     """Two outputs of four tokens at a time: eight sums fill the vector registers, and weights are read once."""
     tokens, inputs = states.shape
@@ -470,7 +239,7 @@ def _some_outputs(weight: Floats, states: Floats, out: Floats, first: int, end: 
             out[t, end - 1] = a0
 
 
-@_loop(void(_table, _table, _table, int64), parallel=True)
+@loop(void(TABLE, TABLE, TABLE, int64), parallel=True)
 def _multiply(weight: Floats, states: Floats, out: Floats, parts: int) -> None:
     outputs = weight.shape[0]
     share = (outputs + parts - 1) // parts
@@ -482,5 +251,5 @@ def _multiply(weight: Floats, states: Floats, out: Floats, parts: int) -> None:
 def multiply(weight: Floats, states: Tensor) -> Tensor:
     """Weights [outputs, inputs] times states [tokens, inputs], for a few tokens: [tokens, outputs]."""
     out = empty(len(states), len(weight))
-    _multiply(weight, states.contiguous().numpy(), out.numpy(), nb.get_num_threads() if _THREADS else 1)
+    _multiply(weight, states.contiguous().numpy(), out.numpy(), threads())
     return out

@@ -6,16 +6,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import random_prompts
 from torch import Tensor
 
-from engine import native
+from engine import native, native_attention
 from engine.attention import StepAttention
 from engine.engine import Engine
+from engine.native_attention import Attention
 from engine.spec import PolicySpec, policy
 
 
@@ -55,23 +55,14 @@ def test_attention_of_ragged_rows(
     monkeypatch: pytest.MonkeyPatch, together: bool, window: int | None, hides: bool
 ) -> None:
     """Protects attention over rows of any length and number of tokens, by each of its two loops."""
-    monkeypatch.setattr(native, "_WORTH_WAKING", 0 if together else 10**9)
+    monkeypatch.setattr(native_attention, "_WORTH_WAKING", 0)
+    monkeypatch.setattr(native_attention, "threads", lambda: 3 if together else 1)
     keys, values, q = _random(3, 2, 20, 10), _random(3, 2, 20, 10, seed=1), _random(6, 6, 10, seed=2)
-    rows, starts, counts = np.array([2, 0]), np.array([13, 0]), np.array([2, 4])
+    rows, starts, counts = [2, 0], [13, 0], [2, 4]
     visible = torch.full((3, 20), 9)
     visible[2, ::3], visible[0, 1] = 4, 3
-    tokens = rows, starts, counts
-    out = native.attend(
-        native.attention_loop(tokens),
-        q,
-        keys.numpy(),
-        values.numpy(),
-        tokens,
-        window=window,
-        visible=visible.numpy() if hides else np.zeros((1, 0), np.int64),
-        layer=4,
-        scale=0.3,
-    ).view(6, 6, 10)
+    attend = Attention(rows, starts, counts, visible.numpy() if hides else None, 0.3)
+    out = attend(q, keys.numpy(), values.numpy(), window=window, layer=4).view(6, 6, 10)
     places = [(row, start + n) for row, start, count in zip(rows, starts, counts, strict=True) for n in range(count)]
     for token, (row, place) in enumerate(places):
         seen = torch.arange(20) <= place
@@ -96,18 +87,8 @@ def test_what_is_no_number_stays_none(number: float) -> None:
     assert not native.gate_silu(_random(1, 8).index_fill(1, torch.tensor([2]), number)).isfinite().all()
     keys = _random(1, 1, 4, 8)
     keys[0, 0, 1, 1] = number
-    tokens = np.zeros(1, np.int64), np.array([3]), np.ones(1, np.int64)
-    out = native.attend(
-        native.attention_loop(tokens),
-        _random(1, 1, 8).abs(),
-        keys.numpy(),
-        _random(1, 1, 4, 8).numpy(),
-        tokens,
-        window=None,
-        visible=np.zeros((1, 0), np.int64),
-        layer=0,
-        scale=1.0,
-    )
+    attend = Attention([0], [3], [1], None, 1.0)
+    out = attend(_random(1, 1, 8).abs(), keys.numpy(), _random(1, 1, 4, 8).numpy(), window=None, layer=0)
     assert not out.isfinite().all()
 
 
@@ -150,7 +131,7 @@ import sys
 for layer in ("omppool", "tbbpool", "workqueue"):
     sys.modules[f"numba.np.ufunc.{layer}"] = None
 import torch
-from engine import native
+from engine import native, native_attention
 native.use_threads(2)
 print(native.runs_together(), native.multiply(torch.ones(3, 4).numpy(), torch.ones(2, 4)).sum().item())
 """
