@@ -26,6 +26,7 @@ from engine.kernels import (
     measure,
     place,
 )
+from engine.memory import forget_pages
 
 
 class Matrix:
@@ -72,6 +73,8 @@ class Matrix:
         self._products: list[Product] = [made[name] for name in kernels]
         self._layout = "dense" if self.layouts != ANY or len(lying) > 1 else next(iter(lying))
         self._kept = lying.get(self._layout, weight)
+        if len(lying) > 1 or self._layout not in lying:
+            forget_pages(weight)  # what is still read of it comes back from its file
 
     def outputs(self, start: int, end: int | None = None) -> "Matrix":
         """The same matrix for some of its outputs only."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.kernels import ANY, Layouts
 from engine.matrices import Matrix
+from engine.memory import forget_pages
 
 
 def side_by_side(*projections: nn.Linear, layouts: Layouts = ANY) -> Matrix:
@@ -46,4 +47,5 @@ def gathered(projection: nn.Linear, groups: int, order: tuple[int, int, int] = (
 
 
 def _give_back(projection: Any) -> None:
+    forget_pages(projection.weight.data)
     projection.weight.data = projection.weight.data.new_empty(0)
