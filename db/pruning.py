@@ -29,6 +29,7 @@ from sqlalchemy import (
 from db import schema
 from db.clock import now
 from db.errors import BadInput
+from db.queue import close_tasks
 from db.records import JobState, TaskState
 from db.session import Database
 from db.tables import (
@@ -57,14 +58,8 @@ _ENDED = [state for state in JobState if state.ended]
 OF_RUN = (score, timing, rollup, outcome)
 OF_JOB = (task, run, job_kernels)
 
-#: foreign keys that no index serves: without one every row that goes would cost PostgreSQL a scan of all that remains
-_UNSERVED = (
-    (outcome, "task_id"),
-    (rollup, "task_id"),
-    (task, "parent_id"),
-    (outcome, "sample_id"),
-    (score, "sample_id"),
-)
+#: foreign keys that PostgreSQL looks up and no index serves: every row that goes would cost a scan of all that remain
+_UNSERVED = ((rollup, "task_id"), (task, "parent_id"))
 
 
 @dataclass(frozen=True)
@@ -133,7 +128,10 @@ def _old(older_than_s: float) -> ColumnElement[bool]:
 
 
 def _condemn(db: Database, job_id: int, older_than_s: float) -> bool:
-    """Make sure that the job stays ended: nobody can resume it, add to it, or get it by its key. False: it moved on."""
+    """Make sure that the job stays ended: nobody can resume it, add to it, or get it by its key. False: it moved on.
+
+    None of its tasks can be committed from here on: nothing that is written later could refer to what is removed.
+    """
     with db.write() as connection:
         locked = select(job.c.id).where(job.c.id == job_id, _old(older_than_s)).with_for_update()
         if connection.execute(locked).one_or_none() is None:
@@ -146,6 +144,7 @@ def _condemn(db: Database, job_id: int, older_than_s: float) -> bool:
             .where(task.c.job_id == job_id, task.c.state == TaskState.DEAD)
             .values(state=TaskState.CANCELLED)
         )
+        close_tasks(connection, job_id)
     return True
 
 

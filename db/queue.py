@@ -27,6 +27,7 @@ __all__ = [
     "Renewal",
     "back_off_seconds",
     "claim",
+    "close_tasks",
     "complete",
     "end_job",
     "fail",
@@ -267,8 +268,7 @@ def end_job(connection: Connection, job_id: int, state: JobState, error: str | N
     if done:
         what = What.CANCELLED if state is JobState.CANCELLED else What.FAILED
         events.record(connection, job_id, who, what, **reason)
-    # once more: the first statement may have waited for a prepare task that was just planning the shards
-    _cancel_open_tasks(connection, job_id)
+    close_tasks(connection, job_id)  # the first statement may have waited for a prepare task that planned the shards
     return done
 
 
@@ -281,6 +281,13 @@ def reopen_job(connection: Connection, job_id: int, kinds: Collection[str]) -> b
         .values(state=state, error=None, finished_at=None)
     )
     return connection.execute(again).rowcount == 1
+
+
+def close_tasks(connection: Connection, job_id: int) -> None:
+    """Cancel the job's open tasks until none is left: who splits a shard meanwhile is waited for, and leaves one."""
+    still = select(task.c.id).where(task.c.job_id == job_id, task.c.state.in_(OPEN)).limit(1)
+    while connection.execute(still).first() is not None:
+        _cancel_open_tasks(connection, job_id)
 
 
 def _cancel_open_tasks(connection: Connection, job_id: int) -> None:

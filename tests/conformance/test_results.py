@@ -295,3 +295,14 @@ def test_what_no_database_keeps_is_replaced_in_texts(db: Database) -> None:
     results.commit_shard(db, lease, ShardResults([one_completion(db, job_id, "a\x00b\ud800")], [], []))
     [received] = results.completions(db, job_id=job_id)
     assert received.outcome.text == "a\ufffdb?"
+
+
+def test_scores_of_what_is_not_in_the_shard_are_refused(db: Database) -> None:
+    """PostgreSQL does not look up what a score refers to."""
+    planned_job(db, 2, policies=["full"])
+    lease = claimed(db)
+    made = results_of(db, lease)
+    stray = replace(made.scores[0], sample_id=99)
+    with pytest.raises(RecordError, match="scores of samples that are not its own"):
+        results.commit_shard(db, lease, replace(made, scores=[*made.scores, stray]))
+    results.commit_shard(db, lease, made)
