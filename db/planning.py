@@ -68,14 +68,17 @@ def add_policy(db: Database, job_id: int, policy: PlannedPolicy, *, who: str = L
         runs = connection.execute(select(run).where(run.c.job_id == job_id).order_by(run.c.position)).all()
         if policy.label in {one.policy for one in runs}:
             raise BadInput(f"policies: job {job_id} has {policy.label!r} already; give the new one another name.")
+        shards = []
         for place, benchmark_id in enumerate(dict.fromkeys(one.benchmark_id for one in runs)):
             of_benchmark = [one for one in runs if one.benchmark_id == benchmark_id]
             _add_run(connection, of_benchmark, place, policy)
-            _add_shards_again(connection, found, benchmark_id)
+            shards += _add_shards_again(connection, found, benchmark_id)
         spec = found.spec | {"policies": [*found.spec.get("policies", []), policy.spec]}
         again = {"state": JobState.RUNNING, "finished_at": None, "paused": False, "spec": spec}
         connection.execute(update(job).where(job.c.id == job_id).values(again))
-        events.record(connection, job_id, who, What.POLICY_ADDED, policy=policy.spec)
+        # what `db.cancelling` needs to take it back
+        before = {"label": policy.label, "first_task": min(shards), "finished_at": found.finished_at}
+        events.record(connection, job_id, who, What.POLICY_ADDED, policy=policy.spec, **before)
 
 
 def _add_run(connection: Connection, earlier: Sequence[Row[Any]], place: int, policy: PlannedPolicy) -> None:
@@ -92,11 +95,12 @@ def _add_run(connection: Connection, earlier: Sequence[Row[Any]], place: int, po
     connection.execute(insert(run).values(row))
 
 
-def _add_shards_again(connection: Connection, of_job: Row[Any], benchmark_id: int) -> None:
-    """Shards over the whole benchmark, cut where the job's first ones were."""
+def _add_shards_again(connection: Connection, of_job: Row[Any], benchmark_id: int) -> Sequence[int]:
+    """Shards over the whole benchmark, cut where the job's first ones were. Returns their ids."""
     size = select(benchmark.c.n_samples).where(benchmark.c.id == benchmark_id)
     n_batches = ceil(connection.execute(size).scalar_one() / of_job.pinned["batch_size"])
-    _add_shards(connection, of_job.id, of_job.priority, n_batches, of_job.pinned["shard_batches"], benchmark_id)
+    cut = of_job.pinned["shard_batches"]
+    return _add_shards(connection, of_job.id, of_job.priority, n_batches, cut, benchmark_id)
 
 
 def _check(benchmarks: Sequence[PlannedBenchmark], policies: Sequence[PlannedPolicy]) -> None:
@@ -189,12 +193,10 @@ def _add_runs(
 
 def _add_shards(
     connection: Connection, job_id: int, priority: int, n_batches: int, shard_batches: int, benchmark_id: int
-) -> None:
+) -> Sequence[int]:
     shard = NEW_TASK | {"job_id": job_id, "kind": "shard", "priority": priority, "benchmark_id": benchmark_id}
-    connection.execute(
-        insert(task),
-        [
-            shard | {"first_batch": first, "end_batch": min(first + shard_batches, n_batches)}
-            for first in range(0, n_batches, shard_batches)
-        ],
-    )
+    shards = [
+        shard | {"first_batch": first, "end_batch": min(first + shard_batches, n_batches)}
+        for first in range(0, n_batches, shard_batches)
+    ]
+    return connection.execute(insert(task).returning(task.c.id), shards).scalars().all()

@@ -5,7 +5,7 @@ there on it is only taken apart, and whoever is interrupted is finished by the n
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ from db.tables import (
 #: rows that one transaction removes at the most
 _ROWS = 5_000
 #: the error of a job, and the beginning of a benchmark's content hash, once they are being removed
-_MARK = "being pruned"
+MARK = "being pruned"
 _ENDED = [state for state in JobState if state.ended]
 
 #: what hangs on a job, each before what it refers to: by run, then by job
@@ -117,14 +117,14 @@ def planned(db: Database, older_than_s: float) -> Pruned:
 def is_half_pruned(row: Any) -> bool:
     """Whether a row of `job` or `benchmark` is one of which a prune that was interrupted has removed a part."""
     mark = row.error if hasattr(row, "error") else row.content_hash
-    return mark is not None and mark.startswith(_MARK)
+    return mark is not None and mark.startswith(MARK)
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------
 
 
 def _old(older_than_s: float) -> ColumnElement[bool]:
-    return job.c.state.in_(_ENDED) & or_(job.c.finished_at < now() - older_than_s, job.c.error == _MARK)
+    return job.c.state.in_(_ENDED) & or_(job.c.finished_at < now() - older_than_s, job.c.error == MARK)
 
 
 def _condemn(db: Database, job_id: int, older_than_s: float) -> bool:
@@ -137,7 +137,7 @@ def _condemn(db: Database, job_id: int, older_than_s: float) -> bool:
         if connection.execute(locked).one_or_none() is None:
             return False
         connection.execute(
-            update(job).where(job.c.id == job_id).values(state=JobState.CANCELLED, error=_MARK, idempotency_key=None)
+            update(job).where(job.c.id == job_id).values(state=JobState.CANCELLED, error=MARK, idempotency_key=None)
         )
         connection.execute(
             update(task)
@@ -146,6 +146,12 @@ def _condemn(db: Database, job_id: int, older_than_s: float) -> bool:
         )
         close_tasks(connection, job_id)
     return True
+
+
+def remove_condemned(db: Database, job_id: int) -> None:
+    """Remove a job that bears the mark; where a prune is under way, the next one does."""
+    with suppress(BadInput), _unserved(db) as quick:
+        _take_apart(quick, job_id)
 
 
 def _take_apart(db: Database, job_id: int) -> int:
@@ -210,7 +216,7 @@ def _remove_benchmarks(db: Database) -> tuple[int, int]:
         unused = connection.execute(select(benchmark.c.id).where(_unused_benchmarks(_NOBODY))).scalars().all()
         for benchmark_id in unused:
             connection.execute(delete(benchmark_name).where(benchmark_name.c.benchmark_id == benchmark_id))
-            mark = {"content_hash": f"{_MARK}: {benchmark_id}"}
+            mark = {"content_hash": f"{MARK}: {benchmark_id}"}
             connection.execute(update(benchmark).where(benchmark.c.id == benchmark_id).values(mark))
     samples = 0
     for benchmark_id in unused:

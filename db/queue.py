@@ -26,6 +26,7 @@ __all__ = [
     "Reaped",
     "Renewal",
     "back_off_seconds",
+    "cancel_open_tasks",
     "claim",
     "close_tasks",
     "complete",
@@ -258,7 +259,7 @@ def refund(db: Database, task_id: int, epoch: int) -> bool:
 def end_job(connection: Connection, job_id: int, state: JobState, error: str | None, who: str) -> bool:
     """End a job before its time: open tasks are cancelled, their epochs move on. False when it had ended before."""
     reason = {} if error is None else {"error": storable(error)}
-    _cancel_open_tasks(connection, job_id)
+    cancel_open_tasks(connection, job_id)
     ended = (
         update(job)
         .where(job.c.id == job_id, job.c.state.in_([s for s in JobState if not s.ended]))
@@ -287,10 +288,11 @@ def close_tasks(connection: Connection, job_id: int) -> None:
     """Cancel the job's open tasks until none is left: who splits a shard meanwhile is waited for, and leaves one."""
     still = select(task.c.id).where(task.c.job_id == job_id, task.c.state.in_(OPEN)).limit(1)
     while connection.execute(still).first() is not None:
-        _cancel_open_tasks(connection, job_id)
+        cancel_open_tasks(connection, job_id)
 
 
-def _cancel_open_tasks(connection: Connection, job_id: int) -> None:
+def cancel_open_tasks(connection: Connection, job_id: int) -> None:
+    """Those that this statement sees; their epochs move on."""
     connection.execute(
         update(task)
         .where(task.c.job_id == job_id, task.c.state.in_(OPEN))

@@ -298,8 +298,8 @@ job_kernels = Table(
 
 
 #: References that PostgreSQL does not look up: it would for every row, and a commit would take twice as long. Who
-#: writes such rows holds the shard (the fence) or the job (`db.rescoring`) that they belong to; what they refer to goes after
-#: them, and when nobody can write any more (`db.pruning`); `db.checks` finds what lacks.
+#: writes them holds the shard (the fence) or the job (`db.rescoring`); what they refer to goes after them, and when
+#: nobody can write any more (`db.pruning`); `db.checks` finds what lacks.
 UNCHECKED_ON_POSTGRESQL = frozenset(
     (table.name, key.parent.name) for table in (outcome, score) for key in table.foreign_keys
 )
