@@ -7,6 +7,7 @@ from sqlalchemy import Connection, Row, insert, select, update
 from db import events, pruning, schema
 from db.clock import now
 from db.events import LOCAL, What
+from db.partial import PRUNED
 from db.queue import cancel_open_tasks, close_tasks, end_job
 from db.records import JobState
 from db.session import Database
@@ -50,7 +51,7 @@ def _part(connection: Connection, added: Row[Any]) -> int:
     """Move the policy's runs and shards to a job of their own, which only a prune knows. Returns its id."""
     close_tasks(connection, added.id)
     row = {name: getattr(added, name) for name in ("name", "spec", "priority", "created_at", "principal")}
-    row |= {"state": JobState.CANCELLED, "error": pruning.MARK, "finished_at": now()}
+    row |= {"state": JobState.CANCELLED, "error": PRUNED, "finished_at": now()}
     condemned: int = connection.execute(insert(job).values(row).returning(job.c.id)).scalar_one()
     its_runs = (run.c.job_id == added.id, run.c.policy == added.detail["label"])
     connection.execute(update(run).where(*its_runs).values(job_id=condemned))

@@ -9,8 +9,8 @@ from db.cancelling import cancel_job
 from db.clock import now
 from db.errors import BadInput
 from db.events import LOCAL, What
+from db.partial import whole
 from db.planning import plan_job
-from db.pruning import MARK
 from db.queue import NEW_TASK, OPEN, end_job, reopen_job
 from db.records import (
     BenchmarkRow,
@@ -195,8 +195,8 @@ def job(db: Database, job_id: int) -> JobRow:
 
 
 def list_jobs(db: Database, *, limit: int | None = None) -> list[JobRow]:
-    """Newest first; without those of which a prune has removed a part."""
-    chosen = select(job_table).where(func.coalesce(job_table.c.error, "") != MARK)
+    """Newest first; without those that are being imported, or pruned."""
+    chosen = select(job_table).where(whole())
     with db.read() as connection:
         return [_job(row) for row in connection.execute(chosen.order_by(job_table.c.id.desc()).limit(limit))]
 

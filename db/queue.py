@@ -9,7 +9,7 @@ from sqlalchemy import Connection, RowMapping, Update, and_, insert, or_, select
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from db import events, schema
-from db.claims import LEASED, Lease, claim, hungry
+from db.claims import LEASED, Lease, claim, forget_idle, hungry
 from db.clock import now
 from db.errors import BadInput, LeaseLost
 from db.events import What
@@ -197,6 +197,7 @@ def reap(db: Database, *, dead_workers: Iterable[str] = ()) -> list[Reaped]:
     silent = or_(task.c.lease_until < now(), task.c.worker.in_(list(dead_workers)))
     expired = select(task).where(LEASED, silent).with_for_update(skip_locked=True)
     with db.write() as connection:
+        forget_idle(connection)
         rows = connection.execute(expired).mappings().all()
         # by job: each is held from its first event on, and two reapers shall not wait for each other. Sorted here, or
         # SQLite goes through the tasks of all jobs in that order instead of the few that are leased.
