@@ -68,7 +68,7 @@ def add_policy(db: Database, job_id: int, policy: PlannedPolicy, *, who: str = L
         runs = connection.execute(select(run).where(run.c.job_id == job_id).order_by(run.c.position)).all()
         if policy.label in {one.policy for one in runs}:
             raise BadInput(f"policies: job {job_id} has {policy.label!r} already; give the new one another name.")
-        shards = []
+        shards: list[int] = []
         for place, benchmark_id in enumerate(dict.fromkeys(one.benchmark_id for one in runs)):
             of_benchmark = [one for one in runs if one.benchmark_id == benchmark_id]
             _add_run(connection, of_benchmark, place, policy)

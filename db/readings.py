@@ -93,7 +93,12 @@ def _sample_columns(connection: Connection, one: RunRow, revision: int | None) -
     """One place a sample that has an outcome, in the benchmark's order."""
     counts = [outcome.c[name] for name in ("sample_id", "n_tokens", "finish", "shown", "cut_tokens", "isolated")]
     failed = outcome.c.error.is_not(None).label("failed")  # texts stay where they are: a run may have very many
-    chosen = select(sample.c.position, sample.c.source_group, failed, *counts).join(outcome).where(outcome.c.run_id == one.id).order_by(sample.c.position)
+    chosen = (
+        select(sample.c.position, sample.c.source_group, failed, *counts)
+        .join(outcome)
+        .where(outcome.c.run_id == one.id)
+        .order_by(sample.c.position)
+    )
     rows = connection.execute(chosen).all()
     place = {row.sample_id: i for i, row in enumerate(rows)}
     return {
