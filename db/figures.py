@@ -18,6 +18,8 @@ from db.tables import idle_worker, job, job_event, rollup, run, task
 
 #: spelled out, not bound: so that the partial index is used
 _OPEN = job.c.state.in_([literal_column(f"'{state}'") for state in JobState if not state.ended])
+_HOLDS = exists().where(LEASED, task.c.worker == idle_worker.c.worker)
+_WAITING = and_(idle_worker.c.asked_at > now() - IDLE_SECONDS, ~_HOLDS)
 #: a task became ready when its job's shards were planned, or planned anew
 _PLANNED = (What.SUBMITTED, What.PLANNED, What.POLICY_ADDED)
 #: upper edges of the histogram of shards by their seconds
@@ -109,9 +111,7 @@ def queue_figures(db: Database) -> QueueFigures:
             .group_by(task.c.kind)
         ).all()
         busy = connection.execute(select(func.count(task.c.worker.distinct())).where(LEASED)).scalar_one()
-        holds = exists().where(LEASED, task.c.worker == idle_worker.c.worker)
-        waiting = select(func.count()).where(idle_worker.c.asked_at > now() - IDLE_SECONDS, ~holds)
-        idle = connection.execute(waiting).scalar_one()
+        idle = connection.execute(select(func.count()).select_from(idle_worker).where(_WAITING)).scalar_one()
     tasks = {(kind, state): 0 for kind in ("prepare", "shard") for state in ("ready", "delayed", "paused", "leased")}
     oldest = {"prepare": 0.0, "shard": 0.0}
     for row in rows:
@@ -130,6 +130,26 @@ def _planned(connection: Connection, job_ids: Collection[int]) -> dict[int, floa
         job_event.c.job_id.in_(job_ids), job_event.c.what.in_(_PLANNED)
     )
     return dict(connection.execute(latest.group_by(job_event.c.job_id)).all())
+
+
+def clock(db: Database) -> float:
+    """Seconds since 1970, by the database's clock."""
+    with db.read() as connection:
+        return float(connection.execute(select(now())).scalar_one())
+
+
+def open_jobs(db: Database) -> list[int]:
+    """The numbers of the jobs that have not ended, in the order in which workers come to them."""
+    with db.read() as connection:
+        return list(
+            connection.execute(select(job.c.id).where(_OPEN).order_by(job.c.priority.desc(), job.c.id)).scalars()
+        )
+
+
+def idle_workers(db: Database) -> list[str]:
+    """Who asked for a task in vain a moment ago and holds none."""
+    with db.read() as connection:
+        return sorted(connection.execute(select(idle_worker.c.worker).where(_WAITING)).scalars())
 
 
 def newest_job(db: Database) -> int:

@@ -19,6 +19,7 @@ from engine.errors import EngineError, WeightsMismatch
 from engine.loading import cache_folder
 from engine.spec import parse_policy
 from workers.bundle import unpack
+from workers.context import at_work
 from workers.evaluate import Evaluation, Run, joined
 from workers.holding import Holding, claim_patiently, patiently
 from workers.pinned import Pinned
@@ -78,7 +79,8 @@ class Worker:
         while not self._draining.is_set():
             lease = claim_patiently(self.db, self.name, kind="shard", lease_seconds=self.lease_seconds, job_id=job_id)
             if lease is not None:
-                self._do(lease)
+                with at_work(self.name, lease):
+                    self._do(lease)
                 self.after_shard()
             elif patiently(lambda: self._ended(job_id)):
                 return

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 import cluster.errors
 import db.errors
 import engine.errors
-from cluster.cli import catalogue, exchange, finished, jobs, machine, query, training
+from cluster.cli import catalogue, exchange, finished, jobs, machine, query, status, training
 from cluster.cli.output import note
 
 
@@ -69,6 +69,7 @@ for command in (
     jobs.cancel,
     jobs.list_jobs,
     jobs.show,
+    status.status,
     jobs.report,
     finished.add_policy,
     finished.rescore,

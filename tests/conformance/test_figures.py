@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
 from cluster.metrics import GpuMemory, Metrics, served
+from cluster.status import Watcher
 from db import figures, jobs, queue, results
 from db.session import Database, open_database
 from engine.errors import BadInput
@@ -183,6 +184,7 @@ DOORS = {
     "shards": lambda db: figures.shard_figures(db, figures.newest_job(db)),
     "holders": figures.holders,
     "metrics": lambda db: Metrics(db).text(),
+    "status": lambda db: Watcher(db).look(),
 }
 
 
