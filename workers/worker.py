@@ -1,5 +1,6 @@
 """A worker: claim a shard, evaluate it, commit it, again. A plain class: the fleet wraps it, `--inline` does not."""
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from db.queue import Lease
 from db.records import SampleRow, ShardResults
 from db.session import Database
 from engine.errors import EngineError, WeightsMismatch
-from engine.loading import cache_folder
+from engine.loading import cache_folder, resolve_model
 from engine.spec import parse_policy
 from workers.bundle import unpack
 from workers.context import at_work
@@ -230,6 +231,7 @@ class EngineShelf:
         )  # fmt: skip
         if self._engine is None or key != self._key:
             self._engine = None  # two models may not fit into memory
+            self._look_at(pinned)
             self._engine, self._key = self._load(pinned), key
         return self._engine
 
@@ -247,18 +249,28 @@ class EngineShelf:
             threads=pinned.threads,
             compile=pinned.compile,
         )
-        if engine.weights_hash != pinned.weights_hash:
+        self._measure(engine)
+        return engine
+
+    def _look_at(self, pinned: Pinned) -> None:
+        """Whether the model is here the one that the job pins, before a weight is loaded. Raises `BadInput`,
+        `WeightsMismatch`.
+        """
+        self.cache.mkdir(parents=True, exist_ok=True)
+        lock = self.cache / f"model-{hashlib.sha256(pinned.model.encode()).hexdigest()[:12]}.lock"
+        # Of the workers of a machine that start together one downloads, converts and hashes; the others find it done.
+        with FileLock(lock):
+            facts = resolve_model(pinned.model)
+        if facts.weights_hash != pinned.weights_hash:
             raise WeightsMismatch(
-                f"model {pinned.model!r} has weights {engine.weights_hash[:12]}… on this machine, but the job was "
+                f"model {pinned.model!r} has weights {facts.weights_hash[:12]}… on this machine, but the job was "
                 f"prepared with {pinned.weights_hash[:12]}…; bring those back, or submit the job again."
             )
-        if engine.facts.tokenizer_hash != pinned.tokenizer_hash:
+        if facts.tokenizer_hash != pinned.tokenizer_hash:
             raise WeightsMismatch(
                 f"model {pinned.model!r} has another tokenizer on this machine than the job was prepared with; bring "
                 "that one back, or submit the job again."
             )
-        self._measure(engine)
-        return engine
 
     def _measure(self, engine: "Engine") -> None:
         """Kernels and machine, once per device class: neither a result nor an ideal time depends on who did a batch."""
