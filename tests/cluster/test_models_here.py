@@ -1,6 +1,7 @@
 """The model of a job on a worker's machine: looked at once for all its workers, and before a weight is loaded."""
 
 import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_another_model_under_the_name_is_refused_before_it_is_loaded(
         tokenizer = model / "tokenizer.json"
         tokenizer.write_text(tokenizer.read_text() + "\n")
     monkeypatch.setattr(engine.engine, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(WeightsMismatch, match=f"{changed} .*on this machine"):
+    with pytest.raises(WeightsMismatch, match=f"{changed} .*on {socket.gethostname()}"):
         EngineShelf(db, tmp_path / "cache").take(pinned)
 
 
@@ -58,7 +59,7 @@ def test_the_worker_says_so_and_the_job_goes_on_where_the_model_is_right(
     worker.work(1)
     [(error, state)] = rows(db, "select error, state from task where error is not null")
     assert state == "ready"
-    assert "on this machine, but the job was prepared with" in error
+    assert f"on {socket.gethostname()}, but the job was prepared with" in error
     shutil.rmtree(model)
     shutil.copytree(right, model)
     assert jobs.work(db, 1, inline=True) is record.JobState.DONE
