@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ jobs.work(db, 1, ray_address="ray-head:PORT")
 SERVICES = ("ray-worker",)
 WORK = ("python", "-c", _WORK)
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def test_a_job_goes_through_the_services_of_the_compose_file(world: World, state
     secrets = {"POSTGRES_PASSWORD": os.urandom(24).hex(), "RAY_AUTH_TOKEN": token, "HF_HUB_OFFLINE": "1"}
     project = compose(ROOT / "docker-compose.yml", state, SHORTSTOP_RAY_PORT=port, **secrets)
     spec = world.spec_file(state / "spec.yaml", policies=["full"])
+    # the volume of a project that ran before, so that loops need not be compiled once more
+    shutil.copytree(os.environ["SHORTSTOP_CACHE"], state / "volumes" / "state" / "cache")
     up = project.up(*SERVICES)
     try:
         project.wait_until_up(up)
@@ -246,6 +249,17 @@ def test_what_a_killed_up_left_is_ended_by_the_next(state: Path) -> None:
     wait_for("the old ones are gone", lambda: not any(one.is_running() for one in left))
     project.wait_until_up(again)
     ended(project, again, signal.SIGINT)
+
+
+def test_down_ends_what_a_killed_up_left(state: Path) -> None:
+    project, _ = small(state)
+    up = project.up()
+    project.wait_until_up(up)
+    up.kill()
+    up.wait()
+    assert project.left()
+    subprocess.run(project.command("down"), env=project.environment, check=True)
+    assert project.left() == []
 
 
 def test_bad_input_is_one_sentence(state: Path) -> None:
