@@ -59,6 +59,14 @@ class Database:
         with self._transaction("BEGIN") as connection:
             yield connection
 
+    def lasting_connection(self) -> Connection:
+        """A connection without a transaction, for what PostgreSQL ties to one. Invalidate and close it at the end.
+
+        Raises `Unavailable`.
+        """
+        with self._translated():
+            return self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+
     def close(self) -> None:
         self._engine.dispose()
 
