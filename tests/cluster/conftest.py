@@ -58,7 +58,9 @@ def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[None]:
     """One Ray for all tests that kill nothing but workers."""
-    from cluster.fleet import OBJECT_STORE_BYTES, ray
+    import ray
+
+    from cluster.fleet.placement import OBJECT_STORE_BYTES
 
     ray.init(
         address="local",
