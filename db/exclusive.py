@@ -40,6 +40,8 @@ class Exclusive:
 
     def kept(self) -> bool:
         """Whether it is still held: a connection that was lost has let go, and is made again. Raises `Unavailable`."""
+        if self._lock is not None:
+            return self._lock.is_locked
         if self._connection is None:
             return self.take()
         try:
