@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
+import ray
 from made import N_LAYERS, outcome, planned_benchmark, planned_policy
 
 from cluster.fleet.actor import RemoteWorker
@@ -72,6 +73,16 @@ class SleepingRemote(RemoteWorker):
 
 class SleepingFleet(Fleet):
     remote_worker: ClassVar[type[RemoteWorker]] = SleepingRemote
+
+
+def gpu_ids(_: RemoteWorker) -> list[str]:
+    """For `__ray_call__`: the GPUs that Ray lent to the worker."""
+    return list(ray.get_runtime_context().get_accelerator_ids()["GPU"])
+
+
+def is_timed(remote: RemoteWorker) -> bool:
+    """For `__ray_call__`."""
+    return remote._worker.timed
 
 
 def sleeping_job(

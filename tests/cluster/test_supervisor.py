@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import ray
-from sleeping import SleepingFleet, running, sleeping_job
+from sleeping import SleepingFleet, gpu_ids, is_timed, running, sleeping_job
 from small_world import World, columns, rows
 from small_world import wait_for as wait_long_for
 from structlog.testing import capture_logs
@@ -33,7 +33,7 @@ def workers_of(db: Database, job_id: int) -> set[str]:
 
 def test_models_stand_side_by_side_and_a_worker_keeps_the_one_it_holds(db: Database) -> None:
     """Two jobs of two models at once; a third of the first model comes later and starts no process."""
-    a, b = sleeping_job(db, 6, 0.2, model="a"), sleeping_job(db, 6, 0.2, model="b")
+    a, b = sleeping_job(db, 10, 0.5, model="a"), sleeping_job(db, 10, 0.5, model="b")
     with running(SleepingFleet(db, workers=2)) as fleet:
         wait_for("both jobs", lambda: ended(db, a, b))
         assert len(workers_of(db, a)) == len(workers_of(db, b)) == 1
@@ -177,21 +177,17 @@ def test_each_worker_has_a_gpu_of_its_own(db: Database) -> None:
     job_id = sleeping_job(db, 4, 0.5, device="cuda")
     with running(SleepingFleet(db, workers=None)) as fleet:
         wait_for("two at work", lambda: len([pulse for pulse in fleet.pulses() if pulse.task_id]) == 2)
-        held = [m.actor.__ray_call__.remote(_gpu_ids) for m in fleet._crew.members]
+        held = [m.actor.__ray_call__.remote(gpu_ids) for m in fleet._crew.members]
         assert sorted(ray.get(held)) == [["0"], ["1"]]
         assert ray.available_resources().get("CPU") == 4, "a GPU worker holds no core"
         wait_for("the job", lambda: ended(db, job_id))
-
-
-def _gpu_ids(_: object) -> list[str]:
-    return list(ray.get_runtime_context().get_accelerator_ids()["GPU"])
 
 
 def test_a_share_of_a_gpu_lets_more_workers_use_it_and_none_is_timed(db: Database) -> None:
     sleeping_job(db, 8, 0.5, device="cuda")
     with running(SleepingFleet(db, workers=None, gpus_per_worker=0.5)) as fleet:
         wait_for("four at work", lambda: len([pulse for pulse in fleet.pulses() if pulse.task_id]) == 4)
-        timed = [m.actor.__ray_call__.remote(lambda worker: worker._worker.timed) for m in fleet._crew.members]
+        timed = [m.actor.__ray_call__.remote(is_timed) for m in fleet._crew.members]
         assert ray.get(timed) == [False] * 4
 
 
@@ -200,7 +196,7 @@ def test_a_worker_without_a_place_says_who_has_it(db: Database) -> None:
     urgent = sleeping_job(db, 2, 600, step=0.1, device="cuda", priority=1, model="a")
     sleeping_job(db, 1, 0.1, device="cuda", model="b")
     sentence = f"no node has a free GPU: 2 of 2 in use by job {urgent}"
-    with capture_logs() as logs, running(SleepingFleet(db, workers=None, ready_seconds=2)):
+    with capture_logs() as logs, running(SleepingFleet(db, workers=None, ready_seconds=12)):
         wait_for("the reason", lambda: any(sentence in event.get("reason", "") for event in logs))
 
 
@@ -209,7 +205,7 @@ def test_a_fleet_of_one_job_ends_where_all_places_are_taken(db: Database) -> Non
     late = sleeping_job(db, 1, 0.1, device="cuda", model="b")
     with running(SleepingFleet(db, [1], workers=2)) as first:
         wait_for("both GPUs taken", lambda: len([pulse for pulse in first.pulses() if pulse.task_id]) == 2)
-        second = SleepingFleet(db, [late], workers=1, ready_seconds=2)
+        second = SleepingFleet(db, [late], workers=1, ready_seconds=12)
         with second, pytest.raises(FleetError, match="no node has a free GPU: 2 of 2 in use by others"):
             second.run()
     assert not ended(db, late)
