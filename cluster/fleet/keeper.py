@@ -24,6 +24,8 @@ from workers.holding import patiently
 log = structlog.get_logger()
 
 BAD_INPUT, LOST = 2, 75
+#: what a supervisor says to its keeper, a line each
+JOINED, REFUSED = "joined", "refused: "
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
 #: a supervisor that lived so long was well: the next pause is the first one again
 WELL_SECONDS = 60.0
@@ -57,6 +59,7 @@ class Keeper:
         self._stopping = threading.Event()
         self._supervisor: subprocess.Popen[str] | None = None
         self._joined = False
+        self._refusal = ""
 
     def run(self, *, wait: bool = False, on_wait: Callable[[str], None] = lambda holder: None) -> None:
         """Keep the fleet until `stop`. wait: for another fleet on this database to end; else it is refused.
@@ -101,7 +104,7 @@ class Keeper:
             if self._stopping.is_set():
                 return
             if code == BAD_INPUT:
-                raise BadInput("the fleet could not begin, for the reason above.")
+                raise BadInput(self._refusal or "the fleet could not begin; its log says why.")
             if time.monotonic() - began > WELL_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
             log.warning("supervisor ended", code=code, seconds_until_the_next=pause)
@@ -119,7 +122,8 @@ class Keeper:
             start_new_session=True,
         )
         assert self._supervisor.stdout is not None
-        threading.Thread(target=self._note_joined, args=(self._supervisor.stdout,), daemon=True).start()
+        listening = threading.Thread(target=self._listen, args=(self._supervisor.stdout,), daemon=True)
+        listening.start()
         next_look = time.monotonic() + LOOK_SECONDS
         while self._supervisor.poll() is None and not self._stopping.wait(0.1):
             if time.monotonic() >= next_look:
@@ -127,7 +131,9 @@ class Keeper:
                 self._check(place)
         if self._stopping.is_set():
             self._end()
-        return self._supervisor.wait()
+        code = self._supervisor.wait()
+        listening.join(1.0)
+        return code
 
     def _check(self, place: Exclusive) -> None:
         """Raises `FleetError` where another fleet has the place by now."""
@@ -141,10 +147,12 @@ class Keeper:
                 f"({patiently(place.holder)}); this one ends."
             )
 
-    def _note_joined(self, said: IO[str]) -> None:
+    def _listen(self, said: IO[str]) -> None:
         for line in said:
-            if line == "joined\n":
+            if line.rstrip("\n") == JOINED:
                 self._joined = True
+            elif line.startswith(REFUSED):
+                self._refusal = line.removeprefix(REFUSED).rstrip("\n")
 
     def _end(self) -> None:
         if self._supervisor is None or self._supervisor.poll() is not None:

@@ -126,11 +126,16 @@ class Placement:
             request_resources(bundles=bundles)
             self._requested = bundles
 
+    def out_of_reach(self, db: Database) -> set[str]:
+        """The nodes from which the database cannot be opened, because it is a file on this machine."""
+        here = socket.gethostname()
+        return {node.id for node in self.nodes if node.host != here} if db.dialect == "sqlite" else set()
+
     def refuse_scattered_sqlite(self, db: Database) -> None:
         """Raises `BadInput` where workers would be on other machines than the file."""
         here = socket.gethostname()
-        elsewhere = {node.host for node in self.nodes} - {here}
-        if db.dialect == "sqlite" and elsewhere:
+        elsewhere = {node.host for node in self.nodes if node.id in self.out_of_reach(db)}
+        if elsewhere:
             raise BadInput(
                 f"database {db.url!r}: SQLite serves workers on one machine only, but Ray has "
                 f"{', '.join(sorted(elsewhere))} beside {here}; use a PostgreSQL database."

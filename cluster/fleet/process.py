@@ -1,7 +1,7 @@
 """The supervisor's process: a fleet over all jobs, until it is told to stop or Ray is lost.
 
 Ray ends a process that has lost its head, without asking. So the keeper starts this one, and starts it again.
-Exit codes: 0 drained, 2 bad input (one sentence on standard error), anything else: try again.
+Exit codes: 0 drained, 2 bad input (the sentence goes to the keeper), anything else: try again.
 """
 
 import os
@@ -10,7 +10,7 @@ from contextlib import closing
 
 from cluster.cli.output import note
 from cluster.errors import ClusterError
-from cluster.fleet.keeper import BAD_INPUT, LOST, Orders
+from cluster.fleet.keeper import BAD_INPUT, JOINED, LOST, REFUSED, Orders
 from cluster.jobs import sigterm_interrupts
 from cluster.logs import configure_logs
 from cluster.ray_environment import set_up_ray
@@ -28,8 +28,11 @@ def main() -> int:
     except KeyboardInterrupt:
         return 0
     except BadInput as error:
-        note(f"shortstop: {error}")
-        return BAD_INPUT if not orders.again else LOST
+        if orders.again:
+            note(f"shortstop: {error}")
+            return LOST
+        print(f"{REFUSED}{error}", flush=True)
+        return BAD_INPUT
     except (ClusterError, RecordError) as error:
         note(f"shortstop: {error}")
         return LOST
@@ -58,7 +61,7 @@ def _supervise(orders: Orders) -> None:
             log_level=orders.log_level,
         )
         with fleet, sigterm_interrupts():  # in this order: Ray brings a handler of its own
-            print("joined", flush=True)  # the keeper reads it: from now on a Ray that is not there is one to wait for
+            print(JOINED, flush=True)  # from now on a Ray that is not there is one to wait for
             fleet.run(each_round)
 
 

@@ -276,7 +276,8 @@ class Fleet:
             if self.job_ids is not None:
                 raise FleetError(f"no node can do the job: {blame.reasons[need.engine]}")
             return None
-        return unfit | blame.avoided(able - unfit) | self.placement.leaving
+        avoided = blame.avoided(able - unfit) | self.placement.leaving
+        return unfit | avoided | self.placement.out_of_reach(self.db)
 
     def _tell_duties(self) -> None:
         """Whatever changed for a worker since it was last told."""
