@@ -18,6 +18,7 @@ from cluster.fleet.members import Blame, Member
 from cluster.fleet.placement import Placement, reason, wait
 from cluster.reaping import take_back
 from db import jobs
+from db.errors import BadInput
 from db.records import JobState
 from db.session import Database
 from workers.holding import patiently
@@ -88,6 +89,11 @@ class Crew:
 
     def count(self, need: Need) -> int:
         return sum(member.need == need and member.draining is None for member in self.members)
+
+    def out_of_contact(self) -> list[str]:
+        """Names of those that cannot be reached, or whose node is gone."""
+        alive = {node.id for node in self.placement.nodes}
+        return [m.name for m in self.members if m.lost is not None or (m.node is not None and m.node not in alive)]
 
     def late(self, seconds: float) -> list[Member]:
         """Those that were hired longer ago and are not ready."""
@@ -253,7 +259,10 @@ class Crew:
 
 def is_given_up(db: Database, job_id: int) -> bool:
     """Whether what is in hand of the job is for nobody."""
-    return patiently(lambda: jobs.job(db, job_id)).state in (JobState.CANCELLED, JobState.FAILED)
+    try:
+        return patiently(lambda: jobs.job(db, job_id)).state in (JobState.CANCELLED, JobState.FAILED)
+    except BadInput:
+        return True  # it was pruned
 
 
 def _whole_url(db: Database) -> str:

@@ -145,8 +145,8 @@ class Fleet:
         now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_SECONDS
-            take_back(self.db, self._crew.name)
             self._look_at_nodes()
+            take_back(self.db, self._crew.name, lost=self._crew.out_of_contact())
         if now >= self._next_look or self._crew.changed:
             self._next_look, self._crew.changed = now + LOOK_SECONDS, False
             self._look_at_jobs()

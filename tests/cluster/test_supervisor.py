@@ -142,6 +142,18 @@ def test_a_worker_that_hangs_is_replaced_although_its_lease_is_renewed(db: Datab
     assert any("hangs: it has not moved on" in event.get("reason", "") for event in logs)
 
 
+def test_a_worker_that_runs_out_of_memory_tries_again(db: Database) -> None:
+    """The allocation fails, the attempt counts, and the worker lives. One that the kernel ends is a death like any."""
+    job_id = sleeping_job(db, 2, 0.1, eats=True)
+    with SleepingFleet(db, [job_id], workers=1) as fleet:
+        fleet.run()
+    assert record.job(db, job_id).state is jobs.JobState.DONE
+    found = "select attempt, deaths, error from task where kind = 'shard'"
+    assert [(attempt, deaths) for attempt, deaths, _ in rows(db, found)] == [(2, 0)] * 2
+    assert all(error.startswith("MemoryError") for *_, error in rows(db, found))
+    assert len(workers_of(db, job_id)) == 1
+
+
 def test_drain_keeps_every_finished_batch_and_counts_no_attempt(db: Database) -> None:
     job_id = sleeping_job(db, 8, 0.4, shard_batches=8, step=0.05)
     with running(SleepingFleet(db, workers=1)) as fleet:
