@@ -1,6 +1,7 @@
 """Ray itself: connecting and leaving, what its nodes have, and what is asked of an autoscaler."""
 
 import logging
+import re
 import socket
 import time
 from collections.abc import Collection, Sequence
@@ -66,9 +67,10 @@ class Placement:
 
     def _refused(self, error: Exception) -> Exception:
         if "ersion mismatch" in str(error):
+            there, here = _versions(str(error))
             return BadInput(
-                f"Ray at {self.address!r} is of another version than this machine's Ray {ray.__version__} "
-                f"({_versions(str(error))}); install the same Ray and Python here and there."
+                f"Ray at {self.address!r} is of another version than this machine's: {there} there, {here} here; "
+                "install the same Ray and Python on both."
             )
         if self.address is None:
             return FleetError(f"Ray on this machine cannot be had ({reason(error)}); work inline.")
@@ -161,10 +163,10 @@ def _unreachable(address: str, why: str) -> BadInput:
     return BadInput(f"Ray at {address!r} cannot be reached ({why}); correct the Ray address, or start a head there.")
 
 
-def _versions(message: str) -> str:
-    """What Ray says of the two versions, on one line."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return "; ".join(line for line in lines[1:5] if ":" in line) or lines[0]
+def _versions(message: str) -> tuple[str, str]:
+    """The cluster's versions of Ray and Python, and this process's, out of what Ray says."""
+    found = [f"{name} {number}" for name, number in re.findall(r"^\s*(Ray|Python): (\S+)$", message, re.MULTILINE)]
+    return " and ".join(found[:2]), " and ".join(found[2:4])
 
 
 def reason(error: BaseException) -> str:

@@ -43,10 +43,8 @@ def db(url: str) -> Iterator[Database]:
 def fleet(url: str, db: Database) -> Iterator[subprocess.Popen[str]]:
     process = shortstop("fleet", "--workers", "1", "--database", url)
     yield process
-    if process.poll() is None:
-        process.terminate()
-        process.communicate(timeout=60)
-    process.kill()
+    process.terminate()
+    process.communicate(timeout=90)
 
 
 def ended(db: Database, job_id: int) -> bool:
@@ -74,8 +72,9 @@ def test_a_fleet_survives_its_supervisor_and_leaves_nothing_when_it_is_terminate
     assert rows(db, "select max(deaths) from task") == [(0,)], "the supervisor's death is not the shard's"
     wait_for("Ray's processes to follow", lambda: not any(child.is_running() for child in left_behind))
     fleet.send_signal(signal.SIGTERM)
-    _, said = fleet.communicate(timeout=90)
-    assert fleet.returncode == 0, said
+    assert fleet.stderr is not None
+    said = fleet.stderr.read()
+    assert fleet.wait(timeout=90) == 0, said
     assert [json.loads(line)["event"] for line in said.splitlines() if "supervisor ended" in line]
 
 
@@ -206,6 +205,7 @@ set_up_ray()
 import ray
 ray.__version__ = "1.2.3"
 from cluster.fleet.supervisor import Fleet
+from db.errors import BadInput
 from db.session import open_database
 try:
     Fleet(open_database(sys.argv[1]), ray_address=sys.argv[2]).__enter__()
@@ -225,7 +225,8 @@ def test_another_version_of_ray_is_one_sentence(url: str, db: Database) -> None:
     finally:
         cluster.shutdown()
     [sentence] = done.stdout.splitlines()
-    assert "is of another version than this machine's Ray 1.2.3" in sentence, done.stderr
+    assert "is of another version than this machine's: Ray 2." in sentence, done.stderr
+    assert "there, Ray 1.2.3 and Python 3." in sentence
 
 
 # --- the keeper
