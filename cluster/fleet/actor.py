@@ -36,7 +36,7 @@ class RemoteWorker:
     ) -> None:
         """The worker's name is `name@host`, so that whoever reads it knows the machine."""
         configure_logs(log_level)
-        self._db = open_database(url, create=False)
+        self._db = open_database(url, create=False, patient=True)
         self._worker = self.worker_class(
             self._db, f"{name}@{socket.gethostname()}", timed=timed, lease_seconds=lease_seconds
         )

@@ -110,6 +110,17 @@ class Placement:
         """The most that one node has of `CPU` or `GPU`."""
         return max((node.resources.get(kind, 0) for node in self.nodes), default=0)
 
+    def seem_placed(self, places: Sequence[Place]) -> bool:
+        """Whether what is in use is just what these places are: they are all given out, to processes that may still be
+        starting. Where others use something, too, nobody can tell.
+        """
+        free = ray.available_resources()
+        for kind in ("CPU", "GPU"):
+            used = sum(node.resources.get(kind, 0) for node in self.nodes) - free.get(kind, 0)
+            if abs(used - sum(place.resources.get(kind, 0) for place in places)) > 1e-6:
+                return False
+        return True
+
     def why_not(self, place: Place, held_by: Collection[int]) -> str:
         """Why no worker finds such a place. held_by: the jobs whose workers of ours hold places of the kind."""
         [(kind, amount)] = place.resources.items()

@@ -37,6 +37,8 @@ LOOK_SECONDS = 0.4
 SWEEP_SECONDS = 2.0
 #: a worker that is not ready by then is not waited for: its place does not exist, or its process cannot start
 READY_SECONDS = 120.0
+#: a worker that has its place is waited for so many times longer
+SLOW_STARTS = 5
 #: for how long a fleet stays as small as the places that it got, and says nothing more of it
 CONTENT_SECONDS = 60.0
 #: how long a worker with nothing to do stays, and keeps the model that it holds
@@ -318,6 +320,8 @@ class Fleet:
     def _check_readiness(self) -> None:
         """Say why workers do not come; raises `FleetError` where a fleet that has an end got none at all."""
         now, late = time.monotonic(), self._crew.late(self.ready_seconds)
+        if late and self.placement.seem_placed([member.need.place for member in self._crew.members]):
+            late = self._crew.late(SLOW_STARTS * self.ready_seconds)  # many processes that start at once take long
         without = [need for need, since in self._without.items() if now - since > self.ready_seconds]
         places = [member.need.place for member in late] or [need.place for need in without]
         if not places or (not late and self._content is not None and now < self._content[1]):

@@ -53,13 +53,13 @@ def ray_nodes(cpus: int, count: int) -> Iterator[Any]:
         cluster.shutdown()
 
 
-def wait_for(what: str, look: Callable[[], Any]) -> Any:
-    """The first true answer."""
+def wait_for(what: str, look: Callable[[], Any], every: float = 0.05) -> Any:
+    """The first true answer. every: seconds between two looks, which are transactions, too."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while time.monotonic() < deadline:
         if answer := look():
             return answer
-        time.sleep(0.05)
+        time.sleep(every)
     sys.exit(f"not seen within {DEADLINE_SECONDS:.0f} s: {what}")
 
 
@@ -124,15 +124,17 @@ def rate_of(db: Database, spec: JobSpec, workers: int) -> float:
 def scale(db: Database, cluster: Any) -> Iterator[Row]:
     """Many actors on several nodes, shards of two batches and two seconds."""
     shards = ACTORS * 20
-    with running(SleepingFleet(db, workers=ACTORS, ray_address=cluster.address, idle_seconds=600)) as fleet:
+    with running(
+        SleepingFleet(db, workers=ACTORS, ray_address=cluster.address, idle_seconds=600, ready_seconds=600)
+    ) as fleet:
         warm = sleeping_job(db, ACTORS * 2, SHARD_SECONDS, shard_batches=1)
         wait_for("all actors", lambda: len([m for m in fleet._crew.members if m.node]) == ACTORS)
         wait_for("the warm-up", lambda: ended(db, warm))
         yield from first_claims(db)
         job_id = sleeping_job(db, shards * 2, SHARD_SECONDS / 2, shard_batches=2)
-        wait_for("full swing", lambda: done_shards(db, job_id) >= ACTORS)
+        wait_for("full swing", lambda: done_shards(db, job_id) >= ACTORS, every=1)
         before = standing(db, job_id)
-        wait_for("most of it", lambda: done_shards(db, job_id) >= shards - 2 * ACTORS)
+        wait_for("most of it", lambda: done_shards(db, job_id) >= shards - 2 * ACTORS, every=2)
         after = standing(db, job_id)
         wait_for("the end", lambda: ended(db, job_id))
         seconds = after["at"] - before["at"]

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from cluster import jobs
 from cluster.errors import FleetError
-from cluster.fleet import crew
+from cluster.fleet import crew, supervisor
 from db import jobs as record
 from db.errors import BadInput
 from db.session import Database
@@ -227,6 +227,15 @@ def test_more_gpus_than_any_node_has_are_refused(db: Database) -> None:
     job_id = sleeping_job(db, 1, 0.1, device="cuda")
     with pytest.raises(BadInput, match=r"gpus_per_worker is 3, but no node has more than 2 GPU"):
         SleepingFleet(db, [job_id], gpus_per_worker=3).__enter__()
+
+
+def test_a_worker_that_has_its_place_may_take_longer_to_start(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where many start at once on few cores, more time than for a place that does not exist. Red without the factor."""
+    monkeypatch.setattr(supervisor, "SLOW_STARTS", 1000)
+    job_id = sleeping_job(db, 1, 0.1)
+    with SleepingFleet(db, [job_id], workers=1, ready_seconds=0.05) as fleet:
+        fleet.run()
+    assert ended(db, job_id)
 
 
 # --- many
