@@ -98,12 +98,12 @@ def _devices() -> Iterator[Check]:
 
 
 def _loops() -> Check:
-    from engine import native
+    from engine import openmp
 
-    if native.runs_together():
-        return Check("cpu loops", Finding.OK, "compiled, on all threads")
-    detail = "compiled, but numba finds neither OpenMP nor TBB: they run in one thread"
-    return Check("cpu loops", Finding.NOTE, detail, "apt install libgomp1")
+    if openmp.available():
+        return Check("cpu loops", Finding.OK, "compiled, on PyTorch's threads")
+    detail = "compiled, but this PyTorch has other threads than OpenMP's: they run in one thread"
+    return Check("cpu loops", Finding.NOTE, detail, "use a PyTorch wheel for Linux from PyPI")
 
 
 def _gib(size: int) -> str:

@@ -4,7 +4,8 @@ Written through the driver's own connection, inside the transaction that SQLAlch
 """
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -20,14 +21,19 @@ NULL = _LENGTH.pack(-1)
 _AT_ONCE = 1_000
 
 
-def copy_rows(connection: Connection, statement: str, rows: Iterable[bytes]) -> None:
-    """Run a COPY … FROM STDIN (FORMAT BINARY). rows: any pieces that make whole rows when they are joined."""
+@contextmanager
+def copied_rows(connection: Connection, statement: str, rows: Iterable[bytes]) -> Iterator[None]:
+    """Run a COPY … FROM STDIN (FORMAT BINARY); what is done inside, without the database, is done while it works.
+
+    rows: any pieces that make whole rows when they are joined.
+    """
     driver: Any = connection.connection.driver_connection
     pieces = iter(rows)
     with driver.cursor() as cursor, cursor.copy(statement) as copy:
         copy.write(_BEGIN)
         while some := b"".join(islice(pieces, _AT_ONCE)):
             copy.write(some)
+        yield
         copy.write(_END)
 
 

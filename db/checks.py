@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Table, and_, delete, func, insert, select, text
 
 from db.jobs import runs_of
-from db.pruning import is_half_pruned
+from db.partial import is_partial, remedy
 from db.records import JobState, Rollup, RunRow, SampleRow, TaskState
 from db.recount import Difference, differences, snapshot, stream
 from db.session import Database
@@ -82,11 +82,16 @@ def rebuild_rollups(db: Database) -> int:
 def check_job(connection: Connection, job_id: int) -> Iterator[str]:
     """The violations of one job, inside the caller's transaction."""
     row = connection.execute(select(job).where(job.c.id == job_id)).one()
-    if is_half_pruned(row):
-        yield f"job {job_id} is half removed; {_PRUNE}."
-        return
-    runs = runs_of(connection, job_id)
-    yield from _end(connection, row, runs)
+    if is_partial(row):
+        yield f"job {job_id} {remedy(row)}"
+    else:
+        yield from check_whole(connection, row, JobState(row.state))
+
+
+def check_whole(connection: Connection, row: Row[Any], state: JobState) -> Iterator[str]:
+    """The violations of a job, given its row, were it in that state."""
+    job_id, runs = row.id, runs_of(connection, row.id)
+    yield from _end(connection, row, state, runs)
     if row.pinned is None or not runs:
         return
     damaged = set()
@@ -103,7 +108,7 @@ def check_job(connection: Connection, job_id: int) -> Iterator[str]:
                     f"batch equally often; {_BACKUP}, or submit the job again."
                 )
         if one.id not in damaged:
-            yield from _run(connection, row, one, shards[one.benchmark_id])
+            yield from _run(connection, row, state, one, shards[one.benchmark_id])
 
 
 # --- what a row refers to -----------------------------------------------------------------------------------
@@ -139,8 +144,8 @@ def _orphans_of(connection: Connection, table: Table, column: str, parent: Table
 
 def _benchmarks(connection: Connection, hashes: Hashes) -> Iterator[str]:
     for row in connection.execute(select(benchmark).order_by(benchmark.c.id)).all():
-        if is_half_pruned(row):
-            yield f"benchmark {row.id} is half removed; {_PRUNE}."
+        if is_partial(row):
+            yield f"benchmark {row.id} {remedy(row)}"
             continue
         samples = _Counted(samples_of(connection, row.id))
         found = hashes.benchmark(row.version, row.ends_with_line, samples)
@@ -188,9 +193,9 @@ def _artifacts(connection: Connection, hashes: Hashes) -> Iterator[str]:
 # --- a job --------------------------------------------------------------------------------------------------
 
 
-def _end(connection: Connection, row: Row[Any], runs: list[RunRow]) -> Iterator[str]:
+def _end(connection: Connection, row: Row[Any], state: JobState, runs: list[RunRow]) -> Iterator[str]:
     """Whether a job that is done is done."""
-    if row.state != JobState.DONE:
+    if state is not JobState.DONE:
         return
     if not runs:
         yield f"job {row.id} is done and has no runs; {_BACKUP}, or submit it again."
@@ -297,7 +302,7 @@ def _damage(connection: Connection, job_id: int) -> Iterator[tuple[int, str]]:
 # --- a run --------------------------------------------------------------------------------------------------
 
 
-def _run(connection: Connection, row: Row[Any], one: RunRow, shards: _Shards) -> Iterator[str]:
+def _run(connection: Connection, row: Row[Any], state: JobState, one: RunRow, shards: _Shards) -> Iterator[str]:
     """Whether each shard left what it must, and the rollups are its sums."""
     where = f"run {one.id} ({one.policy} on {one.benchmark}) of job {row.id}"
     seen: dict[int, int] = {}
@@ -321,7 +326,7 @@ def _run(connection: Connection, row: Row[Any], one: RunRow, shards: _Shards) ->
                 f"{where}: {n} samples of shard {task_id}, which is done, have no outcome, {name!r} first; {_BACKUP}, "
                 "or submit the job again."
             )
-    if row.state == JobState.DONE and not any(lacking.values()) and sum(seen.values()) != shards.n_samples:
+    if state is JobState.DONE and not any(lacking.values()) and sum(seen.values()) != shards.n_samples:
         yield (
             f"{where}: {sum(seen.values())} of {shards.n_samples} samples have an outcome though the job is done; "
             f"{_BACKUP}, or submit the job again."

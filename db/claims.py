@@ -199,6 +199,13 @@ def _remember_idle(connection: Connection, worker: str, job_ids: list[int] | Non
     connection.execute(insert(idle_worker).values(worker=worker, asked_at=now(), job_ids=job_ids))
 
 
+def forget_idle(connection: Connection) -> None:
+    """Remove workers that have not asked for long: they are gone. No two that do so wait for each other."""
+    long_ago = idle_worker.c.asked_at < now() - 12 * IDLE_SECONDS
+    gone = select(idle_worker.c.worker).where(long_ago).with_for_update(skip_locked=True)
+    connection.execute(delete(idle_worker).where(idle_worker.c.worker.in_(gone)))
+
+
 def hungry(connection: Connection, lease: Lease, worker: str) -> int:
     """How many other workers, which hold nothing, asked in vain a moment ago for what this lease may leave.
 

@@ -31,6 +31,8 @@ class What(StrEnum):
     SUSPECT = "suspect"  #: a shard's samples run alone from some batch on
     SHARD_DEAD = "shard dead"  #: a shard's last attempt failed
     POLICY_ADDED = "policy added"  #: it was done, and goes on with the runs of one more policy
+    POLICY_TAKEN_BACK = "policy taken back"  #: it was cancelled meanwhile, and is done as it was before
+    IMPORTED = "imported"  #: it came from another record, and has ended there
     RESCORING = "rescoring"  #: it had ended; new scores are written, under a revision of their own
 
 

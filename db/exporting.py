@@ -7,21 +7,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, select
 
 from db.errors import BadInput
-from db.exchange import DECISIONS, EXITS, SCHEMAS, digest, parquet, write_manifest
+from db.exchange import EXITS, SCHEMAS, digest, parquet, write_manifest
 from db.jobs import runs_of
-from db.pruning import is_half_pruned
-from db.records import JobState, RunRow, SampleRow, TokenArrays
+from db.partial import is_partial
+from db.records import JobState, RunRow, SampleRow
 from db.recount import snapshot, stream
 from db.session import Database
 from db.tables import artifact, benchmark, job, job_kernels, outcome, run, sample, score, task, timing
 from db.token_columns import selection, tokens_from
+from db.token_parquet import token_columns
 
 #: samples read at once
 _WINDOW = 500
@@ -55,7 +54,7 @@ def export_job(db: Database, job_id: int, folder: Path, *, shortstop: str) -> st
 
 def _ended(connection: Connection, job_id: int) -> Row[Any]:
     row = connection.execute(select(job).where(job.c.id == job_id)).one_or_none()
-    if row is None or is_half_pruned(row):
+    if row is None or is_partial(row):
         raise BadInput(f"job {job_id} does not exist; `shortstop list` shows those that do.")
     if not JobState(row.state).ended:
         raise BadInput(f"job {job_id} is {row.state}; export it when it has ended, or cancel it first.")
@@ -220,30 +219,7 @@ def _outcomes(
             n = 2 + len(_OUTCOME)
             completions.add((place, row[0], places[row[1]], *row[2:n]) for row in rows)
             arrays = [(row[0], tokens_from(dialect, row[n:])) for row in rows]
-            tokens.add_columns(_token_columns(place, [(at, one) for at, one in arrays if one is not None]))
-
-
-def _token_columns(place: int, kept: list[tuple[int, TokenArrays]]) -> list[pa.Array]:
-    lengths = [len(arrays) for _, arrays in kept]
-    total = sum(lengths)
-
-    def joined(name: str, dtype: type[Any]) -> npt.NDArray[Any]:
-        return np.concatenate([np.empty(0, dtype), *(getattr(arrays, name) for _, arrays in kept)]).astype(dtype)
-
-    decisions, drafts = joined("decisions", np.int8), joined("drafts", np.int16)
-    never = drafts == 0
-    return [
-        pa.array(np.full(total, place, np.int32)),
-        pa.array(np.repeat(np.array([position for position, _ in kept], np.int32), lengths)),
-        pa.array(np.concatenate([np.empty(0, np.int32), *(np.arange(1, n + 1, dtype=np.int32) for n in lengths)])),
-        pa.array(joined("token_ids", np.int32), mask=decisions == DECISIONS.index("stop")),
-        pa.array(joined("exit_layers", np.int16)),
-        pa.array(joined("layers_run", np.int16)),
-        pa.DictionaryArray.from_arrays(decisions, list(DECISIONS)).cast(pa.string()),
-        pa.array(joined("confidences", np.float32)),
-        pa.array(np.abs(drafts), mask=never),
-        pa.array(drafts > 0, mask=never),
-    ]
+            tokens.add_columns(token_columns(place, [(at, one) for at, one in arrays if one is not None]))
 
 
 def _windows(connection: Connection, one: RunRow) -> range:

@@ -1,27 +1,32 @@
-"""Reading an export back: looked through first, then written in one transaction."""
+"""Reading an export back: looked through first, then written in short transactions, so that others can write meanwhile.
+
+The first one writes the job as one that was cancelled and is being imported, with its runs and tasks; the next ones
+what hangs on these, a piece each, and with it how far the import is; the last one makes the job what it was. Whoever is
+interrupted goes on when the same export is imported again.
+"""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, insert, select, update
 
-from db import schema
-from db.checks import Hashes, check_job
+from db import events, pruning, schema
+from db.checks import Hashes, check_whole
 from db.clock import now
-from db.errors import BadInput
-from db.exchange import DECISIONS, EXITS, SCHEMAS, batches, damaged, read_manifest, rows
+from db.errors import BadInput, NewerSchema, OlderSchema
+from db.events import What
+from db.exchange import EXITS, SCHEMAS, batches, damaged, read_manifest, rows
 from db.jobs import runs_of
+from db.partial import IMPORTED, PRUNED
 from db.queue import NEW_TASK
-from db.records import OutcomeRow, SampleRow, ScoreRow, TokenArrays
-from db.recount import recount
+from db.records import JobState, OutcomeRow, SampleRow, ScoreRow
+from db.recount import recount, snapshot
 from db.score_rows import insert_scores
 from db.session import Database
 from db.tables import (
@@ -30,7 +35,6 @@ from db.tables import (
     benchmark_name,
     insert_new,
     job,
-    job_event,
     job_kernels,
     rollup,
     run,
@@ -39,16 +43,20 @@ from db.tables import (
     timing,
 )
 from db.token_columns import insert_outcomes
+from db.token_parquet import TokensOfExport
 
 #: whom an imported job belongs to; its key is the export's id
 PRINCIPAL = "import"
-#: rows written at once
-_ROWS = 2_000
+#: rows written in one transaction; of samples and tasks, at once
+_ROWS = 1_000
 #: scores are written anew, as the first ones
 _REVISION = 1
 
 _OUTCOME = ("text", "error", "finish", "n_tokens", "prompt_tokens", "cut_tokens", "shown", "isolated")
 _TASK = ("kind", "state", "first_batch", "end_batch", "done_batches", "epoch", "attempt", "deaths", "worker", "error")
+
+#: some rows, and what writes them
+_Piece = tuple[int, Callable[[Connection], object]]
 
 
 @dataclass(frozen=True)
@@ -60,33 +68,51 @@ class Imported:
 
 
 def import_job(db: Database, folder: Path, hashes: Hashes) -> Imported:
-    """Write the job of an export into this record, unless it is there.
+    """Write the job of an export into this record, unless it is there; go on with one that was interrupted.
 
-    Raises `BadInput`, and nothing is written, where the export is damaged, does not keep what a record promises
-    (`db.checks`), or has another benchmark under a name and version that this record knows.
+    Nobody sees it as a job that has ended well before it is whole. Raises `BadInput`, and nothing stays written, where
+    the export is damaged, does not keep what a record promises (`db.checks`), or has another benchmark under a name and
+    version that this record knows; `BadInput` too where somebody else imports it at this moment.
     """
     id, content = read_manifest(folder)
-    with db.write() as connection:
-        schema.hold(connection)
-        fields = content["job"] | {"principal": PRINCIPAL, "idempotency_key": id, "body_hash": id}
-        is_new = insert_new(connection, job, fields)
-        by_key = select(job.c.id).where(job.c.principal == PRINCIPAL, job.c.idempotency_key == id)
-        job_id: int = connection.execute(by_key).scalar_one()
-        if is_new:
-            try:
-                _Import(connection, folder, content, job_id).write(hashes)
-            except (KeyError, IndexError, TypeError, ValueError, pa.ArrowException) as error:
-                if isinstance(error, BadInput):
-                    raise
-                raise _inconsistent(folder, f"{type(error).__name__}: {error}") from error
-            detail = {"export": id, "principal": content["job"]["principal"]}
-            event = {"job_id": job_id, "at": now(), "who": PRINCIPAL, "what": "imported", "detail": detail}
-            connection.execute(insert(job_event).values(event))
-    return Imported(job_id, is_new)
+    job_id = None
+    try:
+        with db.write() as connection:
+            schema.hold(connection)
+            begun, is_new = _begun(connection, content, id)
+            if is_new:
+                _Plan(connection, folder, content, begun).write(hashes)
+        job_id = begun
+        return Imported(job_id, _Import(db, folder, content, id, job_id).go_on())
+    except (KeyError, IndexError, TypeError, ValueError, pa.ArrowException) as error:
+        if job_id is not None and not isinstance(error, _Held | OlderSchema | NewerSchema):
+            pruning.withdraw(db, job_id)
+        if isinstance(error, BadInput):
+            raise
+        raise _inconsistent(folder, f"{type(error).__name__}: {error}") from error
 
 
-class _Import:
-    """One import: places in the export, and the keys that they got here."""
+class _Held(BadInput):
+    """Not this import's any more: what is written of it stays."""
+
+
+def _begun(connection: Connection, content: dict[str, Any], id: str) -> tuple[int, bool]:
+    """The job of the export with this id, written now unless it was before."""
+    fields = {name: content["job"][name] for name in ("name", "spec", "pinned", "priority", "created_at")}
+    fields |= {"state": JobState.CANCELLED, "error": _progress(0), "finished_at": now()}
+    fields |= {"principal": PRINCIPAL, "idempotency_key": id, "body_hash": id}
+    is_new = insert_new(connection, job, fields)
+    by_key = select(job.c.id).where(job.c.principal == PRINCIPAL, job.c.idempotency_key == id)
+    return connection.execute(by_key).scalar_one(), is_new
+
+
+def _progress(rows: int) -> str:
+    """Kept as the error of the job: so many rows, in the order of `_Import._pieces`, are there."""
+    return f"{IMPORTED}: {rows} rows are there"
+
+
+class _Plan:
+    """What a prepare task would write: benchmarks, runs and tasks. In one transaction, as there."""
 
     def __init__(self, connection: Connection, folder: Path, content: dict[str, Any], job_id: int) -> None:
         self.connection = connection
@@ -94,25 +120,15 @@ class _Import:
         self.content = content
         self.job_id = job_id
         self.benchmarks: list[int] = []  #: by place
-        self.samples: list[list[int]] = []  #: by place of the benchmark, then by position
-        self.tasks: list[int] = []
-        self.runs: list[int] = []
-        self.samples_of_run: list[list[int]] = []
 
     def write(self, hashes: Hashes) -> None:
         self._artifacts(hashes)
         self._benchmarks(hashes)
         self._tasks()
         self._runs()
-        self._outcomes()
-        self._scores()
-        self._timings()
-        self._rollups()
         for name, kernels in self.content["kernels"].items():
             row = {"job_id": self.job_id, "device_class": name, "kernels": kernels}
             self.connection.execute(insert(job_kernels).values(row))
-        for violation in check_job(self.connection, self.job_id):
-            raise _inconsistent(self.folder, violation)
 
     def _artifacts(self, hashes: Hashes) -> None:
         for found in self.content["artifacts"]:
@@ -127,26 +143,28 @@ class _Import:
         for place, fields in enumerate(self.content["benchmarks"]):
             own = islice(everything, fields["n_samples"])
             is_new = insert_new(self.connection, benchmark, fields)
-            by_hash = select(benchmark.c.id).where(benchmark.c.content_hash == fields["content_hash"])
-            id: int = self.connection.execute(by_hash).scalar_one()
+            id = _benchmark_id(self.connection, fields)
             samples = _kept(self.connection, id, place, own) if is_new else (_sample(place, row) for row in own)
             if hashes.benchmark(fields["version"], fields["ends_with_line"], samples) != fields["content_hash"]:
                 raise damaged(self.folder, "samples.parquet")
-            in_order = select(sample.c.id).where(sample.c.benchmark_id == id).order_by(sample.c.position)
             self.benchmarks.append(id)
-            self.samples.append(list(self.connection.execute(in_order).scalars()))
 
     def _tasks(self) -> None:
         names = SCHEMAS["tasks"].names
-        for values in rows(self.folder, "tasks"):
-            found = dict(zip(names, values, strict=True))
-            row = NEW_TASK | {name: found[name] for name in _TASK} | {"job_id": self.job_id}
-            row |= {
-                "priority": self.content["job"]["priority"],
-                "benchmark_id": None if found["benchmark"] is None else self.benchmarks[found["benchmark"]],
-                "parent_id": None if found["parent"] is None else self.tasks[found["parent"]],
-            }
-            self.tasks.append(self.connection.execute(insert(task).values(row).returning(task.c.id)).scalar_one())
+        found = [dict(zip(names, values, strict=True)) for values in rows(self.folder, "tasks")]
+        fixed = NEW_TASK | {"job_id": self.job_id, "priority": self.content["job"]["priority"]}
+        for piece in _pieces(found):
+            own = [fixed | {name: one[name] for name in _TASK} | self._benchmark_of(one) for one in piece]
+            self.connection.execute(insert(task), own)
+        ids = _tasks_of(self.connection, self.job_id)
+        for place, one in enumerate(found):
+            if one["parent"] is not None:
+                parent = {"parent_id": ids[one["parent"]]}
+                self.connection.execute(update(task).where(task.c.id == ids[place]).values(parent))
+
+    def _benchmark_of(self, found: dict[str, Any]) -> dict[str, int | None]:
+        place = found["benchmark"]
+        return {"benchmark_id": None if place is None else self.benchmarks[place]}
 
     def _runs(self) -> None:
         for place, of, name, policy, kind, spec, summary in rows(self.folder, "runs"):
@@ -162,20 +180,91 @@ class _Import:
                 "summary": None if summary is None else json.loads(summary),
             }
             _keep_name(self.connection, name, self.content["benchmarks"][of], self.benchmarks[of])
-            self.runs.append(self.connection.execute(insert(run).values(row).returning(run.c.id)).scalar_one())
-            self.samples_of_run.append(self.samples[of])
+            self.connection.execute(insert(run).values(row))
 
-    def _outcomes(self) -> None:
+
+class _Import:
+    """One import: places in the export, and the keys that they got here."""
+
+    def __init__(self, db: Database, folder: Path, content: dict[str, Any], id: str, job_id: int) -> None:
+        self.db = db
+        self.folder = folder
+        self.content = content
+        self.id = id
+        self.job_id = job_id
+        with db.read() as connection:
+            ids = [_benchmark_id(connection, fields) for fields in content["benchmarks"]]
+            samples = {id: _samples_of(connection, id) for id in ids}  #: by position
+            runs = runs_of(connection, job_id)
+            self.tasks = _tasks_of(connection, job_id)
+            self._error = connection.execute(select(job.c.error).where(job.c.id == job_id)).scalar_one()
+        self.runs = [one.id for one in runs]
+        self.samples_of_run = [samples[one.benchmark_id] for one in runs]
+
+    def go_on(self) -> bool:
+        """Write what is lacking. False: nothing is."""
+        if self._error is None or not self._error.startswith(IMPORTED):
+            return False
+        there, passed = int(self._error.split()[2]), 0
+        for n, write in self._pieces():
+            if passed >= there:
+                self._write(passed, n, write)
+            passed += n
+        if passed < there:
+            raise ValueError(f"{there} rows are there and the export has {passed}")
+        self._check()
+        self._end(passed)
+        return True
+
+    def _write(self, there: int, n: int, write: Callable[[Connection], object]) -> None:
+        with self.db.write() as connection:
+            self._hold(connection, there)
+            write(connection)
+            further = {"error": _progress(there + n), "finished_at": now()}
+            connection.execute(update(job).where(job.c.id == self.job_id).values(further))
+
+    def _hold(self, connection: Connection, there: int) -> None:
+        """See that the import is where this one left it, and let nobody else go on with it in this transaction."""
+        schema.hold(connection)
+        held = select(job.c.error).where(job.c.id == self.job_id).with_for_update(key_share=True)
+        error = connection.execute(held).scalar_one_or_none()
+        if error == _progress(there):
+            return
+        if error is None or not error.startswith(PRUNED):
+            raise _Held(f"export {str(self.folder)!r} is being imported by somebody else; wait until that has ended.")
+        raise _Held(f"export {str(self.folder)!r} was removed by a prune while it was imported; import it again.")
+
+    def _check(self) -> None:
+        with snapshot(self.db) as connection:
+            row = connection.execute(select(job).where(job.c.id == self.job_id)).one()
+            for violation in check_whole(connection, row, JobState(self.content["job"]["state"])):
+                raise _inconsistent(self.folder, violation)
+
+    def _end(self, there: int) -> None:
+        with self.db.write() as connection:
+            self._hold(connection, there)
+            fields = self.content["job"] | {"principal": PRINCIPAL}
+            connection.execute(update(job).where(job.c.id == self.job_id).values(fields))
+            whose = self.content["job"]["principal"]
+            events.record(connection, self.job_id, PRINCIPAL, What.IMPORTED, export=self.id, principal=whose)
+
+    def _pieces(self) -> Iterator[_Piece]:
+        """All that is to be written, in one order and cut at the same places each time."""
+        yield from self._outcomes()
+        yield from self._scores()
+        yield from self._timings()
+        yield from self._rollups()
+
+    def _outcomes(self) -> Iterator[_Piece]:
         """Completions and tokens come in the same order."""
-        tokens = _Tokens(batches(self.folder, "tokens"))
+        tokens = TokensOfExport(batches(self.folder, "tokens"))
         for piece in _pieces(rows(self.folder, "completions")):
-            for place, of_task in groupby(piece, lambda row: row[2]):
-                outcomes = [self._outcome(row, tokens) for row in of_task]
-                insert_outcomes(self.connection, self.tasks[place], outcomes)
+            outcomes = [(self.tasks[row[2]], self._outcome(row, tokens)) for row in piece]
+            yield len(piece), partial(_write_outcomes, outcomes)
         if tokens.left():
             raise damaged(self.folder, "tokens.parquet")
 
-    def _outcome(self, row: Sequence[Any], tokens: "_Tokens") -> OutcomeRow:
+    def _outcome(self, row: Sequence[Any], tokens: TokensOfExport) -> OutcomeRow:
         place, position, _, *values = row
         fields = dict(zip(_OUTCOME, values, strict=True))
         arrays = None
@@ -184,83 +273,52 @@ class _Import:
         sample_id = self.samples_of_run[place][position]
         return OutcomeRow(run_id=self.runs[place], sample_id=sample_id, tokens=arrays, **fields)
 
-    def _scores(self) -> None:
+    def _scores(self) -> Iterator[_Piece]:
         revisions = dict.fromkeys(self.runs, _REVISION)
         for piece in _pieces(rows(self.folder, "scores")):
             scores = [
                 ScoreRow(self.runs[place], self.samples_of_run[place][position], metric, version, value)
                 for place, position, metric, version, value in piece
             ]
-            insert_scores(self.connection, scores, revisions)
+            yield len(piece), partial(insert_scores, scores=scores, revisions=revisions)
 
-    def _timings(self) -> None:
+    def _timings(self) -> Iterator[_Piece]:
         names = SCHEMAS["timings"].names[1:]
         for piece in _pieces(rows(self.folder, "timings")):
             values = [{"run_id": self.runs[row[0]]} | dict(zip(names, row[1:], strict=True)) for row in piece]
-            self.connection.execute(insert(timing), values)
+            yield len(piece), partial(_insert, insert(timing), values)
 
-    def _rollups(self) -> None:
-        for one in runs_of(self.connection, self.job_id):
-            counted = ({"run_id": one.id, "task_id": s.task_id} | vars(s.sums) for s in recount(self.connection, one))
-            for piece in _pieces(counted):
-                self.connection.execute(insert(rollup), piece)
-
-
-class _Tokens:
-    """The file's tokens, taken completion by completion."""
-
-    def __init__(self, pieces: Iterator[pa.RecordBatch]) -> None:
-        self._pieces = pieces
-        self._columns: dict[str, npt.NDArray[Any]] = {}
-        self._at = self._end = 0
-
-    def take(self, run: int, sample: int, n: int) -> TokenArrays:
-        """The next n, which must be those of this run and sample. Raises `ValueError`."""
-        while self._end - self._at < n and self._more():
-            pass
-        own = {name: column[self._at : self._at + n] for name, column in self._columns.items()}
-        self._at += n
-        if n and not (len(own["run"]) == n and (own["run"] == run).all() and (own["sample"] == sample).all()):
-            raise ValueError(f"sample {sample} of run {run} has other tokens than it counts")
-        if not n:
-            own = {name: np.empty(0, np.int16) for name in ("token_id", "exit_layer", "layers_run", "drafts")}
-            own |= {"decision": np.empty(0, np.int16), "confidence": np.empty(0, np.float32)}
-        return TokenArrays(
-            token_ids=own["token_id"].astype(np.int32),
-            exit_layers=own["exit_layer"],
-            layers_run=own["layers_run"],
-            decisions=own["decision"],
-            confidences=own["confidence"],
-            drafts=own["drafts"],
-        )
-
-    def left(self) -> bool:
-        """Whether there are more than were taken."""
-        return self._at < self._end or self._more()
-
-    def _more(self) -> bool:
-        piece = next(self._pieces, None)
-        if piece is None:
-            return False
-        found = _numpy(piece)
-        if self._columns:
-            found = {name: np.concatenate([self._columns[name][self._at :], found[name]]) for name in found}
-        self._columns, self._at, self._end = found, 0, len(found["run"])
-        return True
+    def _rollups(self) -> Iterator[_Piece]:
+        """Counted from what is there by now."""
+        with snapshot(self.db) as connection:
+            for one in runs_of(connection, self.job_id):
+                counted = ({"run_id": one.id, "task_id": s.task_id} | vars(s.sums) for s in recount(connection, one))
+                for piece in _pieces(counted):
+                    yield len(piece), partial(_insert, insert(rollup), piece)
 
 
-def _numpy(piece: pa.RecordBatch) -> dict[str, npt.NDArray[Any]]:
-    def column(name: str, absent: Any) -> npt.NDArray[Any]:
-        return pc.fill_null(piece.column(name), absent).to_numpy(zero_copy_only=False)
+def _insert(statement: Any, values: list[dict[str, Any]], connection: Connection) -> None:
+    connection.execute(statement, values)
 
-    decisions = pc.index_in(piece.column("decision"), value_set=pa.array(DECISIONS))
-    kept, layers = column("draft_kept", True), column("draft_layer", 0)
-    return {
-        **{name: column(name, -1) for name in ("run", "sample", "token_id", "exit_layer", "layers_run")},
-        "confidence": column("confidence", np.nan),
-        "decision": decisions.to_numpy(zero_copy_only=False).astype(np.int16),
-        "drafts": np.where(kept, layers, -layers).astype(np.int16),
-    }
+
+def _write_outcomes(outcomes: list[tuple[int, OutcomeRow]], connection: Connection) -> None:
+    for task_id, of_task in groupby(outcomes, lambda pair: pair[0]):
+        insert_outcomes(connection, task_id, [one for _, one in of_task])
+
+
+def _benchmark_id(connection: Connection, fields: dict[str, Any]) -> int:
+    by_hash = select(benchmark.c.id).where(benchmark.c.content_hash == fields["content_hash"])
+    return int(connection.execute(by_hash).scalar_one())
+
+
+def _samples_of(connection: Connection, benchmark_id: int) -> list[int]:
+    in_order = select(sample.c.id).where(sample.c.benchmark_id == benchmark_id).order_by(sample.c.position)
+    return list(connection.execute(in_order).scalars())
+
+
+def _tasks_of(connection: Connection, job_id: int) -> list[int]:
+    """In the order in which they were written."""
+    return list(connection.execute(select(task.c.id).where(task.c.job_id == job_id).order_by(task.c.id)).scalars())
 
 
 def _kept(connection: Connection, benchmark_id: int, place: int, own: Iterable[tuple[Any, ...]]) -> Iterator[SampleRow]:

@@ -5,9 +5,11 @@ from typing import Any
 from sqlalchemy import Connection, Row, func, insert, select, update
 
 from db import events
+from db.cancelling import cancel_job
 from db.clock import now
 from db.errors import BadInput
 from db.events import LOCAL, What
+from db.partial import whole
 from db.planning import plan_job
 from db.queue import NEW_TASK, OPEN, end_job, reopen_job
 from db.records import (
@@ -69,8 +71,10 @@ def create_job(
     """Write a job and its prepare task. Returns the job's id.
 
     The same principal with the same key and body hash again gets the job that is there, and nothing is written; with
-    another body hash `BadInput`. Of several at the same moment one writes.
+    another body hash `BadInput`, as for an empty key. Of several at the same moment one writes.
     """
+    if idempotency_key is not None and not idempotency_key.strip():
+        raise BadInput(f"key {idempotency_key!r} is empty; give the job a name of its own, or leave the key out.")
     new = {"name": name, "spec": spec, "state": JobState.PREPARING, "priority": priority, "created_at": now()}
     new |= {"principal": principal, "idempotency_key": idempotency_key, "body_hash": body_hash}
     with db.write() as connection:
@@ -105,12 +109,6 @@ def fail_job(db: Database, job_id: int, error: str, *, who: str = LOCAL) -> bool
         return end_job(connection, job_id, JobState.FAILED, error, who)
 
 
-def cancel_job(db: Database, job_id: int, *, who: str = LOCAL) -> bool:
-    """End the job as cancelled; whoever works on it learns so at the next renewal. False when it had ended before."""
-    with db.write() as connection:
-        return end_job(connection, job_id, JobState.CANCELLED, None, who)
-
-
 def pause_job(db: Database, job_id: int, *, who: str = LOCAL) -> bool:
     """Let none of the job's tasks be claimed; those that are leased go on. False when it was paused or has ended."""
     with db.write() as connection:
@@ -143,8 +141,16 @@ def retry_job(db: Database, job_id: int, *, who: str = LOCAL) -> int:
 
 
 def resume_job(db: Database, job_id: int, *, who: str = LOCAL) -> int:
-    """Let the job go on, whatever keeps it: as `unpause_job` and `retry_job`. Returns how many tasks are retried."""
+    """Let the job go on, whatever keeps it: as `unpause_job` and `retry_job`. Returns how many tasks are retried.
+
+    Raises `BadInput` where there is no such job, or it was cancelled.
+    """
     with db.write() as connection:
+        state = connection.execute(select(job_table.c.state).where(job_table.c.id == job_id)).scalar_one_or_none()
+        if state is None:
+            raise _unknown(job_id)
+        if state == JobState.CANCELLED:
+            raise _was_cancelled(job_id)
         retried = _retry(connection, job_id, who)
         _set_paused(connection, job_id, False, who)
         return retried
@@ -158,9 +164,17 @@ def _retry(connection: Connection, job_id: int, who: str) -> int:
     if not kinds:
         return 0
     if not reopen_job(connection, job_id, kinds):
-        raise BadInput(f"job {job_id} was cancelled, and what was left of it is gone; submit it again.")
+        raise _was_cancelled(job_id)
     events.record(connection, job_id, who, What.RETRIED, tasks=len(kinds))
     return len(kinds)
+
+
+def _was_cancelled(job_id: int) -> BadInput:
+    return BadInput(f"job {job_id} was cancelled, and what was left of it is gone; submit it again.")
+
+
+def _unknown(job_id: int) -> BadInput:
+    return BadInput(f"job {job_id} does not exist; `shortstop list` shows those that do.")
 
 
 def dead_tasks(db: Database, job_id: int) -> list[DeadTask]:
@@ -176,14 +190,15 @@ def job(db: Database, job_id: int) -> JobRow:
     with db.read() as connection:
         row = connection.execute(select(job_table).where(job_table.c.id == job_id)).one_or_none()
     if row is None:
-        raise BadInput(f"job {job_id} does not exist; `shortstop list` shows those that do.")
+        raise _unknown(job_id)
     return _job(row)
 
 
 def list_jobs(db: Database, *, limit: int | None = None) -> list[JobRow]:
-    """Newest first."""
+    """Newest first; without those that are being imported, or pruned."""
+    chosen = select(job_table).where(whole())
     with db.read() as connection:
-        return [_job(row) for row in connection.execute(select(job_table).order_by(job_table.c.id.desc()).limit(limit))]
+        return [_job(row) for row in connection.execute(chosen.order_by(job_table.c.id.desc()).limit(limit))]
 
 
 def progress(db: Database, job_id: int) -> Progress:

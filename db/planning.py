@@ -78,11 +78,13 @@ def add_policy(db: Database, job_id: int, policy: PlannedPolicy, *, who: str = L
         for place, benchmark_id in enumerate(dict.fromkeys(one.benchmark_id for one in runs)):
             of_benchmark = [one for one in runs if one.benchmark_id == benchmark_id]
             _add_run(connection, of_benchmark, place, policy)
-        _add_shards_again(connection, found, {one.benchmark_id for one in runs})
+        shards = _add_shards_again(connection, found, {one.benchmark_id for one in runs})
         spec = found.spec | {"policies": [*found.spec.get("policies", []), policy.spec]}
         again = {"state": JobState.RUNNING, "finished_at": None, "paused": False, "spec": spec}
         connection.execute(update(job).where(job.c.id == job_id).values(again))
-        events.record(connection, job_id, who, What.POLICY_ADDED, policy=policy.spec)
+        # what `db.cancelling` needs to take it back
+        before = {"label": policy.label, "first_task": min(shards), "finished_at": found.finished_at}
+        events.record(connection, job_id, who, What.POLICY_ADDED, policy=policy.spec, **before)
 
 
 def _add_run(connection: Connection, earlier: Sequence[Row[Any]], place: int, policy: PlannedPolicy) -> None:
@@ -99,15 +101,15 @@ def _add_run(connection: Connection, earlier: Sequence[Row[Any]], place: int, po
     connection.execute(insert(run).values(row))
 
 
-def _add_shards_again(connection: Connection, of_job: Row[Any], benchmark_ids: Collection[int]) -> None:
-    """Shards over the whole of each benchmark."""
+def _add_shards_again(connection: Connection, of_job: Row[Any], benchmark_ids: Collection[int]) -> Sequence[int]:
+    """Shards over the whole of each benchmark. Returns their ids."""
     decoded = of_job.pinned.get("max_new_tokens", 0)
     costs = {}
     for benchmark_id in sorted(benchmark_ids):
         lengths = select(func.length(sample.c.prompt)).where(sample.c.benchmark_id == benchmark_id)
         prompts = connection.execute(lengths.order_by(sample.c.position)).scalars().all()
         costs[benchmark_id] = batch_costs(prompts, of_job.pinned["batch_size"], decoded)
-    _add_shards(connection, of_job.id, of_job.priority, costs, of_job.pinned["shard_batches"])
+    return _add_shards(connection, of_job.id, of_job.priority, costs, of_job.pinned["shard_batches"])
 
 
 def batch_costs(prompts: Sequence[int], batch_size: int, decoded: int) -> list[int]:
@@ -209,8 +211,8 @@ def _add_runs(
 
 def _add_shards(
     connection: Connection, job_id: int, priority: int, costs: dict[int, list[int]], shard_batches: int
-) -> None:
-    """costs: of every batch, by benchmark."""
+) -> Sequence[int]:
+    """costs: of every batch, by benchmark. Returns their ids."""
     sums = {benchmark_id: [0, *accumulate(of_batches)] for benchmark_id, of_batches in costs.items()}
     extents = [
         (benchmark_id, first, min(first + shard_batches, len(of_batches)))
@@ -224,7 +226,7 @@ def _add_shards(
         for one, first, end in extents
         for a, b in _cut(sums[one], first, end, most)
     ]
-    connection.execute(insert(task), rows)
+    return connection.execute(insert(task).returning(task.c.id), rows).scalars().all()
 
 
 def _cut(sums: list[int], first: int, end: int, most: float) -> list[tuple[int, int]]:

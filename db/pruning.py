@@ -5,7 +5,7 @@ there on it is only taken apart, and whoever is interrupted is finished by the n
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from sqlalchemy import (
     Connection,
     Select,
     Table,
+    and_,
     delete,
     event,
     func,
@@ -29,6 +30,9 @@ from sqlalchemy import (
 from db import schema
 from db.clock import now
 from db.errors import BadInput
+from db.events import What
+from db.partial import PRUNED
+from db.queue import close_tasks
 from db.records import JobState, TaskState
 from db.session import Database
 from db.tables import (
@@ -49,22 +53,14 @@ from db.tables import (
 
 #: rows that one transaction removes at the most
 _ROWS = 5_000
-#: the error of a job, and the beginning of a benchmark's content hash, once they are being removed
-_MARK = "being pruned"
 _ENDED = [state for state in JobState if state.ended]
 
 #: what hangs on a job, each before what it refers to: by run, then by job
 OF_RUN = (score, timing, rollup, outcome)
 OF_JOB = (task, run, job_kernels)
 
-#: foreign keys that no index serves: without one every row that goes would cost PostgreSQL a scan of all that remains
-_UNSERVED = (
-    (outcome, "task_id"),
-    (rollup, "task_id"),
-    (task, "parent_id"),
-    (outcome, "sample_id"),
-    (score, "sample_id"),
-)
+#: foreign keys that PostgreSQL looks up and no index serves: every row that goes would cost a scan of all that remain
+_UNSERVED = ((rollup, "task_id"), (task, "parent_id"))
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ def prune(db: Database, older_than_s: float, *, on_job: Callable[[int], None] = 
     outcomes = 0
     with _unserved(db) as quick:
         for job_id in found.jobs:
-            if _condemn(quick, job_id, older_than_s):
+            if _condemn(quick, job_id, _old(older_than_s)):
                 outcomes += _take_apart(quick, job_id)
                 removed.append(job_id)
                 on_job(job_id)
@@ -119,34 +115,52 @@ def planned(db: Database, older_than_s: float) -> Pruned:
         )
 
 
-def is_half_pruned(row: Any) -> bool:
-    """Whether a row of `job` or `benchmark` is one of which a prune that was interrupted has removed a part."""
-    mark = row.error if hasattr(row, "error") else row.content_hash
-    return mark is not None and mark.startswith(_MARK)
-
-
 # --- jobs ---------------------------------------------------------------------------------------------------
 
 
 def _old(older_than_s: float) -> ColumnElement[bool]:
-    return job.c.state.in_(_ENDED) & or_(job.c.finished_at < now() - older_than_s, job.c.error == _MARK)
+    """Ended that long ago; a job that came from elsewhere was imported that long ago, too."""
+    moment = now() - older_than_s
+    of_job = (job_event.c.job_id == job.c.id, job_event.c.what == What.IMPORTED)
+    lately = select(job_event.c.id).where(*of_job, job_event.c.at >= moment).exists()
+    return job.c.state.in_(_ENDED) & or_(and_(job.c.finished_at < moment, ~lately), job.c.error == PRUNED)
 
 
-def _condemn(db: Database, job_id: int, older_than_s: float) -> bool:
-    """Make sure that the job stays ended: nobody can resume it, add to it, or get it by its key. False: it moved on."""
+def _condemn(db: Database, job_id: int, which: ColumnElement[bool]) -> bool:
+    """Make sure that the job stays ended: nobody can resume it, add to it, or get it by its key.
+
+    None of its tasks can be committed from here on: nothing that is written later could refer to what is removed.
+    False: it moved on, and is not one of `which` any more.
+    """
     with db.write() as connection:
-        locked = select(job.c.id).where(job.c.id == job_id, _old(older_than_s)).with_for_update()
+        locked = select(job.c.id).where(job.c.id == job_id, job.c.state.in_(_ENDED), which).with_for_update()
         if connection.execute(locked).one_or_none() is None:
             return False
         connection.execute(
-            update(job).where(job.c.id == job_id).values(state=JobState.CANCELLED, error=_MARK, idempotency_key=None)
+            update(job).where(job.c.id == job_id).values(state=JobState.CANCELLED, error=PRUNED, idempotency_key=None)
         )
         connection.execute(
             update(task)
             .where(task.c.job_id == job_id, task.c.state == TaskState.DEAD)
             .values(state=TaskState.CANCELLED)
         )
+        close_tasks(connection, job_id)
     return True
+
+
+def remove_condemned(db: Database, job_id: int) -> None:
+    """Remove a job that bears the mark; where a prune is under way, the next one does."""
+    with suppress(BadInput), _unserved(db) as quick:
+        _take_apart(quick, job_id)
+
+
+def withdraw(db: Database, job_id: int) -> None:
+    """Remove a job that has ended, now, with content that is nobody's then; during a prune, the next one does."""
+    if _condemn(db, job_id, job.c.id == job_id):
+        with suppress(BadInput), _unserved(db) as quick:
+            _take_apart(quick, job_id)
+            _remove_benchmarks(quick)
+            _remove_artifacts(quick)
 
 
 def _take_apart(db: Database, job_id: int) -> int:
@@ -211,7 +225,7 @@ def _remove_benchmarks(db: Database) -> tuple[int, int]:
         unused = connection.execute(select(benchmark.c.id).where(_unused_benchmarks(_NOBODY))).scalars().all()
         for benchmark_id in unused:
             connection.execute(delete(benchmark_name).where(benchmark_name.c.benchmark_id == benchmark_id))
-            mark = {"content_hash": f"{_MARK}: {benchmark_id}"}
+            mark = {"content_hash": f"{PRUNED}: {benchmark_id}"}
             connection.execute(update(benchmark).where(benchmark.c.id == benchmark_id).values(mark))
     samples = 0
     for benchmark_id in unused:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, RowMapping, Update, and_, insert, or_, select
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from db import events, schema
-from db.claims import LEASED, Lease, claim, hungry, take
+from db.claims import LEASED, Lease, claim, forget_idle, hungry, take
 from db.clock import now
 from db.errors import BadInput, LeaseLost
 from db.events import What
@@ -27,7 +27,9 @@ __all__ = [
     "Reaped",
     "Renewal",
     "back_off_seconds",
+    "cancel_open_tasks",
     "claim",
+    "close_tasks",
     "complete",
     "end_job",
     "fail",
@@ -211,6 +213,7 @@ def reap(db: Database, *, dead_workers: Iterable[str] = ()) -> list[Reaped]:
     silent = or_(task.c.lease_until < now(), task.c.worker.in_(list(dead_workers)))
     expired = select(task).where(LEASED, silent).with_for_update(skip_locked=True)
     with db.write() as connection:
+        forget_idle(connection)
         rows = connection.execute(expired).mappings().all()
         # by job: each is held from its first event on, and two reapers shall not wait for each other. Sorted here, or
         # SQLite goes through the tasks of all jobs in that order instead of the few that are leased.
@@ -273,7 +276,7 @@ def refund(db: Database, task_id: int, epoch: int) -> bool:
 def end_job(connection: Connection, job_id: int, state: JobState, error: str | None, who: str) -> bool:
     """End a job before its time: open tasks are cancelled, their epochs move on. False when it had ended before."""
     reason = {} if error is None else {"error": storable(error)}
-    _cancel_open_tasks(connection, job_id)
+    cancel_open_tasks(connection, job_id)
     ended = (
         update(job)
         .where(job.c.id == job_id, job.c.state.in_([s for s in JobState if not s.ended]))
@@ -283,8 +286,7 @@ def end_job(connection: Connection, job_id: int, state: JobState, error: str | N
     if done:
         what = What.CANCELLED if state is JobState.CANCELLED else What.FAILED
         events.record(connection, job_id, who, what, **reason)
-    # once more: the first statement may have waited for a prepare task that was just planning the shards
-    _cancel_open_tasks(connection, job_id)
+    close_tasks(connection, job_id)  # the first statement may have waited for a prepare task that planned the shards
     return done
 
 
@@ -299,7 +301,15 @@ def reopen_job(connection: Connection, job_id: int, kinds: Collection[str]) -> b
     return connection.execute(again).rowcount == 1
 
 
-def _cancel_open_tasks(connection: Connection, job_id: int) -> None:
+def close_tasks(connection: Connection, job_id: int) -> None:
+    """Cancel the job's open tasks until none is left: who splits a shard meanwhile is waited for, and leaves one."""
+    still = select(task.c.id).where(task.c.job_id == job_id, task.c.state.in_(OPEN)).limit(1)
+    while connection.execute(still).first() is not None:
+        cancel_open_tasks(connection, job_id)
+
+
+def cancel_open_tasks(connection: Connection, job_id: int) -> None:
+    """Those that this statement sees; their epochs move on."""
     connection.execute(
         update(task)
         .where(task.c.job_id == job_id, task.c.state.in_(OPEN))

@@ -96,15 +96,21 @@ def _run_data(connection: Connection, one: RunRow, revision: int | None) -> RunD
 
 def _sample_columns(connection: Connection, one: RunRow, revision: int | None) -> dict[str, Any]:
     """One place a sample that has an outcome, in the benchmark's order."""
-    columns = (sample.c.position, sample.c.source_group, outcome)
-    chosen = select(*columns).join(outcome).where(outcome.c.run_id == one.id).order_by(sample.c.position)
+    counts = [outcome.c[name] for name in ("sample_id", "n_tokens", "finish", "shown", "cut_tokens", "isolated")]
+    failed = outcome.c.error.is_not(None).label("failed")  # texts stay where they are: a run may have very many
+    chosen = (
+        select(sample.c.position, sample.c.source_group, failed, *counts)
+        .join(outcome)
+        .where(outcome.c.run_id == one.id)
+        .order_by(sample.c.position)
+    )
     rows = connection.execute(chosen).all()
     place = {row.sample_id: i for i, row in enumerate(rows)}
     return {
         "sample": np.array([row.position for row in rows], np.int64),
         "source_group": np.array([row.source_group for row in rows], object),
         "n_tokens": np.array([row.n_tokens for row in rows], np.int64),
-        "error": np.array([row.error is not None for row in rows], np.bool_),
+        "error": np.array([row.failed for row in rows], np.bool_),
         "stopped": np.array([row.finish == "stop" for row in rows], np.bool_),
         "shown": np.array([row.shown for row in rows], np.bool_),
         "cut": np.array([row.cut_tokens > 0 for row in rows], np.bool_),

@@ -15,7 +15,7 @@ from db import events, schema
 from db.errors import BadInput
 from db.events import LOCAL, What
 from db.jobs import runs_of
-from db.pruning import is_half_pruned
+from db.partial import is_partial
 from db.readings import run_data
 from db.records import JobState, RunData, RunRow, ScoreRow
 from db.rollups import ScoreSums, add_scores, replace_scores
@@ -126,7 +126,7 @@ def _begin(db: Database, job_id: int, metrics: dict[str, str], who: str) -> _Att
         schema.hold(connection)
         chosen = select(job.c.state, job.c.finished_at, job.c.error).where(job.c.id == job_id).with_for_update()
         row = connection.execute(chosen).one_or_none()
-        if row is None or is_half_pruned(row):
+        if row is None or is_partial(row):
             raise BadInput(f"job {job_id} does not exist; `shortstop list` shows those that do.")
         if not JobState(row.state).ended:
             raise BadInput(f"job {job_id} is {row.state}; score it again once it has ended.")
@@ -247,7 +247,7 @@ def _check_unchanged(connection: Connection, attempt: _Attempt, *, to_flip: bool
     schema.hold(connection)
     ended = select(job.c.finished_at, job.c.error).where(job.c.id == attempt.job_id)
     row = connection.execute(ended.with_for_update(read=not to_flip)).one_or_none()
-    if row is None or is_half_pruned(row):
+    if row is None or is_partial(row):
         raise BadInput(f"job {attempt.job_id} is being pruned; there is nothing left to score.")
     if row.finished_at != attempt.finished_at:
         raise BadInput(f"job {attempt.job_id} is worked on again; score it again once it has ended.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, exists, insert, select, update
@@ -14,8 +15,8 @@ from db.jobs import has_open_tasks, last_error, runs_of
 from db.queue import Lease
 from db.readings import completions, read_samples, run_data, samples_of, tokens
 from db.records import BenchmarkRow, JobState, RunData, RunRow, SampleRow, ShardResults, TaskState
-from db.rollups import insert_rollups
-from db.score_rows import insert_scores
+from db.rollups import insert_rollups, of_results
+from db.score_rows import scores_sent
 from db.session import Database
 from db.tables import benchmark, job, outcome, run, sample, task, timing
 from db.token_columns import insert_outcomes
@@ -89,12 +90,13 @@ def commit_shard(
         done = _fence(connection, lease, split_at, pieces)
         if done is None:
             return
-        _check_complete(connection, done, results)
+        revisions = _check_complete(connection, done, results)
+        with scores_sent(connection, results.scores, revisions):  # and taken in while the sums are made
+            sums = of_results(results)
         insert_outcomes(connection, done.task_id, results.outcomes)
-        insert_scores(connection, results.scores, _revisions(connection, done.job_id))
         if results.timings:
             connection.execute(insert(timing), [vars(row) for row in results.timings])
-        insert_rollups(connection, done.task_id, results)
+        insert_rollups(connection, done.task_id, sums)
 
 
 def _fence(connection: Connection, lease: Lease, split_at: int | None, pieces: int) -> Lease | None:
@@ -125,34 +127,29 @@ def _lacking(lease: Lease, batch_size: int) -> list[ColumnElement[bool]]:
 
 
 def _batch_size(connection: Connection, lease: Lease) -> int:
-    pinned = connection.execute(select(job.c.pinned).where(job.c.id == lease.job_id)).scalar_one()
-    return int(pinned["batch_size"])
+    asked = select(job.c.pinned["batch_size"].as_integer()).where(job.c.id == lease.job_id)
+    return int(connection.execute(asked).scalar_one())
 
 
-def _check_complete(connection: Connection, lease: Lease, results: ShardResults) -> None:
-    """Every sample ends with exactly one outcome under every policy."""
+def _check_complete(connection: Connection, lease: Lease, results: ShardResults) -> dict[int, int]:
+    """Every sample ends with exactly one outcome under every policy. Returns the scores' revision in force, by run."""
     batch_size = _batch_size(connection, lease)
-    expected = connection.execute(
-        select(run.c.id, sample.c.id)
-        .join(sample, sample.c.benchmark_id == run.c.benchmark_id)
-        .where(
-            *_lacking(lease, batch_size),
-            sample.c.position >= lease.first_batch * batch_size,
-            sample.c.position < lease.end_batch * batch_size,
-        )
+    runs = connection.execute(select(run.c.id, run.c.score_revision).where(*_lacking(lease, batch_size))).all()
+    within = select(sample.c.id).where(
+        sample.c.benchmark_id == lease.benchmark_id,
+        sample.c.position >= lease.first_batch * batch_size,
+        sample.c.position < lease.end_batch * batch_size,
     )
-    wanted = {tuple(row) for row in expected}
-    found = [(outcome.run_id, outcome.sample_id) for outcome in results.outcomes]
-    if len(found) != len(wanted) or set(found) != wanted:
+    wanted = set(product((one.id for one in runs), connection.execute(within).scalars()))
+    found = {(outcome.run_id, outcome.sample_id) for outcome in results.outcomes}
+    if len(found) != len(results.outcomes) or found != wanted:
         raise RecordError(
             f"shard {lease.task_id} needs an outcome for each of {len(wanted)} samples under a policy and got "
-            f"{len(found)}, {len(set(found) & wanted)} of them its own; evaluate its batches again."
+            f"{len(results.outcomes)}, {len(found & wanted)} of them its own; evaluate its batches again."
         )
-
-
-def _revisions(connection: Connection, job_id: int) -> dict[int, int]:
-    """The revision in force, by run."""
-    return dict(connection.execute(select(run.c.id, run.c.score_revision).where(run.c.job_id == job_id)).all())
+    if not {(score.run_id, score.sample_id) for score in results.scores} <= found:
+        raise RecordError(f"shard {lease.task_id} got scores of samples that are not its own; evaluate it again.")
+    return {one.id: one.score_revision for one in runs}
 
 
 def finalise(db: Database, job_id: int, summarise: Callable[[RunData], dict[str, Any]]) -> bool:

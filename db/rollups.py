@@ -1,5 +1,6 @@
 """Rollups: 64-bit sums per (run, shard), written with the results, merged exactly in any order."""
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from db.tables import run
 #: scores are summed in billionths
 BILLION = 1_000_000_000
 _FULL, _EXIT, _STOP = 0, 1, 2
-_Row = TypeVar("_Row", OutcomeRow, TimingRow, ScoreRow)
+_Row = TypeVar("_Row", OutcomeRow, TimingRow)
 _NAMES = [field.name for field in fields(Rollup)]
 
 #: by run and shard: how many completions a metric scored, and the sum in billionths
@@ -48,9 +49,9 @@ def rollups_of_job(db: Database, job_id: int) -> dict[int, Rollup]:
     return found
 
 
-def insert_rollups(connection: Connection, task_id: int, results: ShardResults) -> None:
+def insert_rollups(connection: Connection, task_id: int, sums: Mapping[int, Rollup]) -> None:
     """Write one rollup for each run of the shard."""
-    rows = [{"run_id": run_id, "task_id": task_id} | vars(sums) for run_id, sums in of_results(results).items()]
+    rows = [{"run_id": run_id, "task_id": task_id} | vars(one) for run_id, one in sums.items()]
     if rows:
         connection.execute(insert(rollup_table), rows)
 
@@ -87,19 +88,20 @@ def _without(by_metric: dict[str, int], metrics: Collection[str]) -> dict[str, i
 
 def of_results(results: ShardResults) -> dict[int, Rollup]:
     """The sums of each run in the results."""
-    outcomes, timings, scores = _by_run(results.outcomes), _by_run(results.timings), _by_run(results.scores)
+    outcomes, timings = _by_run(results.outcomes), _by_run(results.timings)
+    scores: defaultdict[int, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for score in results.scores:
+        scores[score.run_id][score.metric].append(score.value)
     return {
-        run_id: merge(
-            [_of_outcomes(outcomes[run_id]), _of_timings(timings.get(run_id, [])), _of_scores(scores.get(run_id, []))]
-        )
+        run_id: merge([_of_outcomes(outcomes[run_id]), _of_timings(timings[run_id]), _of_scores(scores[run_id])])
         for run_id in sorted(outcomes)
     }
 
 
-def _by_run(rows: Iterable[_Row]) -> dict[int, list[_Row]]:
-    found: dict[int, list[_Row]] = {}
+def _by_run(rows: Iterable[_Row]) -> defaultdict[int, list[_Row]]:
+    found: defaultdict[int, list[_Row]] = defaultdict(list)
     for row in rows:
-        found.setdefault(row.run_id, []).append(row)
+        found[row.run_id].append(row)
     return found
 
 
@@ -156,10 +158,7 @@ def _of_timings(timings: list[TimingRow]) -> Rollup:
     )
 
 
-def _of_scores(scores: list[ScoreRow]) -> Rollup:
-    values: dict[str, list[float]] = {}
-    for score in scores:
-        values.setdefault(score.metric, []).append(score.value)
+def _of_scores(values: Mapping[str, list[float]]) -> Rollup:
     return Rollup(
         score_counts={metric: len(of_metric) for metric, of_metric in values.items()},
         score_sums={metric: _billionths(of_metric) for metric, of_metric in values.items()},

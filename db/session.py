@@ -90,9 +90,9 @@ class Database:
 def open_database(url: str, *, create: bool = True, patient: bool = False) -> Database:
     """Open the record at `sqlite:///file` or `postgresql+psycopg://...`.
 
-    A fresh database gets its tables (create=False: is refused). patient: the caller repeats what was `Unavailable`; so no
-    connection is asked before each use whether it lives, which costs a round trip. Raises `BadInput` for a URL, folder or
-    file that cannot be used, `OlderSchema`, `NewerSchema`, `Unavailable`.
+    A fresh database gets its tables (create=False: is refused). patient: the caller repeats what was `Unavailable`, so
+    no connection is asked before each use whether it lives, which costs a round trip. Raises `BadInput` for a URL, a
+    folder or a file that cannot be used, `OlderSchema`, `NewerSchema`, `Unavailable`.
     """
     database = _connect(url, create=create, patient=patient)
     try:

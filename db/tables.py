@@ -300,6 +300,14 @@ job_kernels = Table(
 )
 
 
+#: References that PostgreSQL does not look up: it would for every row, and a commit would take twice as long. Who
+#: writes them holds the shard (the fence) or the job (`db.rescoring`); what they refer to goes after them, and when
+#: nobody can write any more (`db.pruning`); `db.checks` finds what lacks.
+UNCHECKED_ON_POSTGRESQL = frozenset(
+    (table.name, key.parent.name) for table in (outcome, score) for key in table.foreign_keys
+)
+
+
 def insert_new(connection: Connection, table: Table, values: dict[str, Any]) -> bool:
     """Insert a row unless its key is there already. True: this call wrote it; the first writer wins."""
     insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy import ColumnElement, Connection, literal_column
 
-from db.binary_copy import NULL, copy_rows, elements, text_field
+from db.binary_copy import NULL, copied_rows, elements, text_field
 from db.errors import RecordError
 from db.queue import storable
 from db.records import OutcomeRow, TokenArrays
@@ -47,7 +47,8 @@ def write_rows(connection: Connection, table: str, task_id: int, outcomes: Seque
         driver: Any = connection.connection.driver_connection
         driver.executemany(_INSERT.format(table), _rows(task_id, outcomes))
     else:
-        copy_rows(connection, _COPY.format(table), _copied_rows(task_id, outcomes))
+        with copied_rows(connection, _COPY.format(table), _copied_rows(task_id, outcomes)):
+            pass
 
 
 def selection(dialect: str) -> list[ColumnElement[Any]]:

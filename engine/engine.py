@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from engine import matrices, native
+from engine import matrices
 from engine.architectures import build_stack, check_family
 from engine.cost import Machine, cost
 from engine.decode import Decoding, Ends, Prefill, prefill
@@ -19,7 +18,6 @@ from engine.device import describe_device_class, find_device
 from engine.errors import BadInput, NumericalError, OutOfMemory
 from engine.exits import check_policy, check_weights, exits_hash, find_exits, read_manifest
 from engine.heads import Heads
-from engine.kernels import without_numpy
 from engine.loading import load_model, load_tokenizer, resolve_model
 from engine.matrices import Matrix
 from engine.memory import memory_errors
@@ -29,7 +27,6 @@ from engine.record import Completion, Decoded, Finish, TokenRecords
 from engine.spec import Compile, DType, PolicySpec, parse_policy
 from engine.stopwatch import Stopwatch
 from engine.text import Prompt, Text
-from engine.waiting import spins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +69,6 @@ class Engine:
                 raise BadInput(f"threads is {threads}; give at least 1, or leave it out.")
             torch.set_num_threads(threads)
         self.threads = torch.get_num_threads()
-        self._threads_changed = True
         self.facts = resolve_model(model)
         self.name, self.weights_hash = self.facts.name, self.facts.weights_hash
         self.dtype = dtype
@@ -151,19 +147,14 @@ class Engine:
 
     @kernels.setter
     def kernels(self, plan: dict[str, list[str]]) -> None:
-        if spins and self.threads > 1:  # numpy's threads would wait for torch's, six times as long as they work
-            plan = without_numpy(plan)
         with torch.inference_mode():
             matrices.use_plans(self.matrices, plan)
         self._kernels = plan
 
     def _take_threads(self) -> None:
         """Threads belong to the process: another engine, or the caller, may have set them since."""
-        if self._threads_changed or torch.get_num_threads() != self.threads:
+        if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-            threadpool_limits(self.threads, user_api="blas")  # numpy multiplies too, see `engine.kernels`
-            self._threads_changed = False
-        native.use_threads(self.threads)  # numba keeps them for each thread
 
     def check(self, policy: PolicySpec) -> None:
         """Whether this model and its exits can run a policy. Raises `BadInput`."""

@@ -9,7 +9,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +21,7 @@ Product = Callable[[Tensor], Tensor]
 Kernel = Callable[[Tensor, Tensor | None], Product]
 
 #: part of a plan's name: another set of counts or kernels makes plans that were kept before worthless
-VERSION = 3
+VERSION = 4
 #: counts of tokens that are measured; a count in between is served as the next one, a larger one as the last
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 #: a smaller matrix lives in the processor's cache, where the choice means nothing
@@ -56,18 +55,6 @@ def columns(weight: Tensor, bias: Tensor | None) -> Product:
     return _biased(lambda states: (weight @ states.t()).t().contiguous(), bias)
 
 
-def numpy_columns(weight: Tensor, bias: Tensor | None) -> Product:
-    """The same by numpy's BLAS."""
-    array = _array(weight)
-    return _biased(lambda states: torch.from_numpy(np.ascontiguousarray((array @ states.numpy().T).T)), bias)
-
-
-def numpy_rows(weight: Tensor, bias: Tensor | None) -> Product:
-    """X W by numpy's BLAS, on transposed weights [inputs, outputs]."""
-    array = _array(weight)
-    return _biased(lambda states: torch.from_numpy(states.numpy() @ array), bias)
-
-
 def packed(weight: Tensor, bias: Tensor | None) -> Product:
     """oneDNN, on weights in its own blocks."""
     return lambda states: torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
@@ -75,16 +62,9 @@ def packed(weight: Tensor, bias: Tensor | None) -> Product:
 
 def dots(weight: Tensor, bias: Tensor | None) -> Product:
     """Sums for two outputs of four tokens at a time, in a loop of our own: for a few tokens."""
-    array = _array(weight)
-    if not native.usable():  # a plan of this device class may come from a machine where it is
-        return linear(weight, bias)
-    return _biased(lambda states: native.multiply(array, states), bias)
-
-
-def _array(weight: Tensor) -> np.ndarray:
     if weight.dtype != torch.float32:
-        raise TypeError("numpy multiplies narrow types one number at a time: a thousand times slower")
-    return weight.numpy()
+        raise TypeError("our own loops are made for float32")
+    return _biased(native.Product(weight), bias)
 
 
 def _biased(product: Product, bias: Tensor | None) -> Product:
@@ -94,17 +74,21 @@ def _biased(product: Product, bias: Tensor | None) -> Product:
 KERNELS: dict[str, Kernel] = {
     "linear": linear,
     "columns": columns,
-    "numpy-columns": numpy_columns,
-    "numpy-rows": numpy_rows,
     "packed": packed,
     "dots": dots,
 }
 #: how the weights lie in memory: a matrix is kept in one layout, and uses that layout's kernels
 LAYOUTS: dict[str, tuple[str, ...]] = {
-    "dense": ("linear", "columns", "numpy-columns", "dots"),
-    "transposed": ("numpy-rows",),
+    "dense": ("linear", "columns", "dots"),
     "packed": ("packed",),
 }
+#: sets of layouts of which a matrix takes one: weights are not held twice without need
+Layouts = tuple[tuple[str, ...], ...]
+ANY: Layouts = (("dense",), ("packed",))
+#: where somebody else reads the weights as they are
+DENSE: Layouts = (("dense",),)
+#: where somebody else reads them, and a second copy is worth its memory
+TWICE: Layouts = (("dense", "packed"),)
 #: for a GPU, and for whatever is too small to care
 PLAIN = ["linear"] * len(COUNTS)
 
@@ -112,16 +96,6 @@ PLAIN = ["linear"] * len(COUNTS)
 def is_plan(kernels: object) -> bool:
     """Whether these are kernels of ours, one for each of `COUNTS`."""
     return isinstance(kernels, list) and len(kernels) == len(COUNTS) and all(name in KERNELS for name in kernels)
-
-
-def without_numpy(plan: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The plan with oneDNN wherever numpy or a loop of our own was the fastest: their threads are not torch's."""
-    return {
-        shape: ["packed"] * len(COUNTS)
-        if {"numpy-columns", "numpy-rows", "dots"}.intersection(kernels or ())
-        else kernels
-        for shape, kernels in plan.items()
-    }
 
 
 def layout_of(kernel: str) -> str:
@@ -133,37 +107,32 @@ def laid_out(weight: Tensor, layout: str) -> Tensor:
     """Weights [outputs, inputs] in a layout; the same tensor where that is `dense`."""
     if layout == "packed":  # what oneDNN lays out for 32 tokens serves all counts
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
-    return weight.t().contiguous() if layout == "transposed" else weight
+    return weight
 
 
 def dense_again(weight: Tensor, layout: str) -> Tensor:
     """What `laid_out` was given."""
     if layout == "packed":
         return weight.to_dense()
-    return weight.t().contiguous() if layout == "transposed" else weight
+    return weight
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
-def measure(weights: Sequence[Tensor], keeps_dense: bool) -> list[str]:
-    """The fastest kernel for each of `COUNTS`, for matrices of one shape [outputs, inputs] on the CPU.
-
-    Another layout is a second copy of the weights, so a matrix takes one for all counts, unless the weights have to
-    stay as they are anyway (`keeps_dense`): an embedding that is the unembedding too may add one.
-    """
+def measure(weights: Sequence[Tensor], layouts: Layouts) -> list[str]:
+    """The fastest kernel for each of `COUNTS`, for matrices of one shape [outputs, inputs] on the CPU."""
     if weights[0].device.type != "cpu" or weights[0].numel() < _SMALL:
         return PLAIN
     weights = weights[: max(1, math.ceil(_COLD_BYTES / weights[0].nbytes))]
     seconds = _seconds(weights)
-    kept = ("dense",) if keeps_dense else ()
-    choices = [_fastest(seconds, [*kept, layout]) for layout in LAYOUTS]
+    choices = [_fastest(seconds, together) for together in layouts]
     # Every count weighs the same: what counts is the factor.
     return min(choices, key=lambda plan: sum(math.log(seconds[name][at]) for at, name in enumerate(plan)))
 
 
 def _fastest(seconds: dict[str, list[float]], layouts: Sequence[str]) -> list[str]:
-    names = [name for layout in dict.fromkeys(layouts) for name in LAYOUTS[layout]]
+    names = [name for layout in layouts for name in LAYOUTS[layout]]
     return [min(names, key=lambda name: seconds[name][at]) for at in range(len(COUNTS))]
 
 

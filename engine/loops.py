@@ -2,7 +2,6 @@
 
 import os
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -13,42 +12,29 @@ import numpy as np
 import numpy.typing as npt
 from numba import float32, int64
 
+from engine import openmp
 from engine.loading import cache_folder
 
 Floats = npt.NDArray[np.float32]
 
 
-def _has_threads() -> bool:
-    for layer in ("omppool", "tbbpool"):
-        with suppress(ImportError):
-            import_module(f"numba.np.ufunc.{layer}")
-            return True
-    return False
-
-
 def _can_be_kept() -> bool:
     """Whether there is a folder for what was compiled.
 
-    One for each processor; for each text of these files, since numba looks at the file of a loop and not at those that
-    it calls; and apart where nothing runs together, since it takes the parallel and the serial compilation of a loop
-    for the same.
+    One for each processor, and for each text of these files, since numba looks at the file of a loop and not at those
+    that it calls.
     """
     if nb.config.CACHE_DIR:
         return True
-    texts = [Path(__file__), *sorted(Path(__file__).parent.glob("native*.py"))]
+    texts = [Path(__file__), *sorted(Path(__file__).parent.glob("native*.py")), Path(openmp.__file__)]
     version = crc32(b"".join(text.read_bytes() for text in texts))
-    place = f"{llvm.get_host_cpu_name()}-{version:08x}-{'threads' if THREADS else 'alone'}"
-    folder = cache_folder() / "numba" / place
+    folder = cache_folder() / "numba" / f"{llvm.get_host_cpu_name()}-{version:08x}"
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     nb.config.CACHE_DIR = str(folder) if os.access(folder, os.W_OK) else ""
     return bool(nb.config.CACHE_DIR)
 
 
-# OpenMP or TBB: the third one that numba brings ends the process when two threads call it at once.
-nb.config.THREADING_LAYER = "threadsafe"
-#: whether one of the two is here; without, loops run in the thread that calls them
-THREADS = _has_threads()
 KEPT = _can_be_kept()
 
 #: sums in any order and fused multiply-add; infinities and NaN stay what they are
@@ -63,7 +49,6 @@ HIDDEN = int64[:, ::1]
 HIDDEN_ROW = int64[::1]
 
 
-def loop(signature: object, parallel: bool = False) -> Any:
-    """Compiled when this module is first imported on a machine, and kept in numba's cache."""
-    together = parallel and THREADS
-    return nb.njit(signature, fastmath=FAST, nogil=True, cache=KEPT, error_model="numpy", parallel=together)
+def loop(signature: object) -> Any:
+    """Compiled when its module is first imported on a machine, and kept in numba's cache."""
+    return nb.njit(signature, fastmath=FAST, nogil=True, cache=KEPT, error_model="numpy")

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from engine.errors import BadInput
 from engine.kernels import (
+    ANY,
     COUNTS,
+    DENSE,
     KERNELS,
     PLAIN,
     VERSION,
+    Layouts,
     Product,
     dense_again,
     is_plan,
@@ -23,14 +26,14 @@ from engine.kernels import (
     measure,
     place,
 )
+from engine.memory import forget_pages
 
 
 class Matrix:
     """Weights [outputs, inputs], and perhaps a bias [outputs]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, keeps_dense: bool = False) -> None:
-        """keeps_dense: somebody else needs the weights as they are, an embedding for example."""
-        self.bias, self.keeps_dense = bias, keeps_dense
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, layouts: Layouts = ANY) -> None:
+        self.bias, self.layouts = bias, layouts
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
         self._kept, self._layout = weight, "dense"
         self._multiply: Product = self._product
@@ -54,7 +57,8 @@ class Matrix:
     @property
     def name(self) -> str:
         """Matrices of one name share a plan."""
-        return f"{self.shape[0]}x{self.shape[1]}{' embedding' if self.keeps_dense else ''}, {VERSION}"
+        layouts = " or ".join(" and ".join(together) for together in self.layouts)
+        return f"{self.shape[0]}x{self.shape[1]} {layouts}, {VERSION}"
 
     @property
     def weight(self) -> Tensor:
@@ -67,13 +71,16 @@ class Matrix:
         lying = {layout: laid_out(weight, layout) for layout in {layout_of(name) for name in kernels}}
         made = {name: KERNELS[name](lying[layout_of(name)], self.bias) for name in set(kernels)}
         self._products: list[Product] = [made[name] for name in kernels]
-        # Weights are not held twice without need.
-        self._layout = "dense" if self.keeps_dense or len(lying) > 1 else next(iter(lying))
+        self._layout = "dense" if self.layouts != ANY or len(lying) > 1 else next(iter(lying))
         self._kept = lying.get(self._layout, weight)
+        if len(lying) > 1 or self._layout not in lying:
+            forget_pages(weight)  # what is still read of it comes back from its file
 
     def outputs(self, start: int, end: int | None = None) -> "Matrix":
-        """The same matrix for some of its outputs only: a copy, since a part would keep the whole alive once packed."""
-        return Matrix(self.weight[start:end].clone(), None if self.bias is None else self.bias[start:end])
+        """The same matrix for some of its outputs only."""
+        weight, bias = self.weight[start:end], None if self.bias is None else self.bias[start:end]
+        # A part would keep the whole alive once that is packed.
+        return Matrix(weight if self.layouts == DENSE else weight.clone(), bias, layouts=self.layouts)
 
 
 def names(matrices: Iterable[Matrix]) -> list[str]:
@@ -85,7 +92,7 @@ def measure_plans(matrices: Iterable[Matrix], wanted: Iterable[str]) -> dict[str
     """The fastest kernels for the matrices of each wanted name: half a second each, on an idle machine."""
     every = list(matrices)
     alike = {name: [matrix for matrix in every if matrix.name == name] for name in wanted}
-    return {name: measure([m.weight for m in same], same[0].keeps_dense) for name, same in alike.items()}
+    return {name: measure([m.weight for m in same], same[0].layouts) for name, same in alike.items()}
 
 
 def use_plans(matrices: Iterable[Matrix], plans: dict[str, list[str]]) -> None:

@@ -4,7 +4,9 @@ A batch is at its largest either while its prompts go through a layer, beside th
 completes them from a copy of those.
 """
 
+import ctypes
 import gc
+import mmap
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,6 +47,35 @@ _MOST_ROWS = {"cpu": 32, "cuda": 64}
 
 #: how a RuntimeError of torch says that there was no memory; `torch.OutOfMemoryError` says it by its type
 _NO_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "ALLOC_FAILED")
+
+# --- files in memory -------------------------------------------------------------------------------------------------
+
+
+def forget_pages(tensor: "torch.Tensor") -> None:
+    """Take the pages of a weights file that a tensor lies on out of this process's memory: it is not read again soon.
+
+    A file that is mapped stays so while any of its tensors lives. Does nothing for other memory, and off Linux.
+    """
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    page = mmap.PAGESIZE
+    first, last = -(-begin // page) * page, end // page * page
+    if tensor.device.type == "cpu" and first < last and _is_of_a_file(first, last):
+        # The file still has them. In anonymous memory this would write zeros.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def _is_of_a_file(begin: int, end: int) -> bool:
+    try:
+        mappings = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return False
+    for mapping in mappings:
+        addresses, _, _, device, _, *path = mapping.split(maxsplit=5)
+        low, high = (int(address, 16) for address in addresses.split("-"))
+        if low <= begin and end <= high:
+            return device != "00:00" and bool(path) and path[0].strip().endswith(".safetensors")
+    return False
+
 
 # --- how large a batch may be ----------------------------------------------------------------------------------------
 

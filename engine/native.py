@@ -7,48 +7,28 @@ over float32 arrays. What was measured stands in `docs/decisions/kernels.md`.
 Sums are reordered for the vector unit, so results differ from PyTorch's in the last bits, as two libraries' do.
 """
 
-from functools import cache
+from ctypes import c_int64
+from typing import Any
 
+import llvmlite.binding as llvm
 import numba as nb
 import numpy as np
 import numpy.typing as npt
-from numba import float32, int64, prange, void
-from torch import Tensor, device, empty, is_grad_enabled
+from numba import carray, float32, int64, void
+from torch import Tensor, device, empty, get_num_threads, is_grad_enabled
 from torch import float32 as float_
 from torch.compiler import is_compiling
 
-from engine.loops import CACHE, CUBE, FAST, KEPT, PLACES, ROW, STRIDED, TABLE, THREADS, Floats, loop
+from engine.loops import CACHE, CUBE, FAST, KEPT, PLACES, ROW, STRIDED, TABLE, Floats, loop
+from engine.openmp import GIVEN, OPTIONS, at, part, parts, share
 
 _CPU = device("cpu")
-
-
-@cache
-def usable() -> bool:
-    """Whether loops can run here: not where another library has started the threads of numba that end the process."""
-    _multiply(*np.ones((3, 1, 1), np.float32), 1)
-    return not THREADS or nb.threading_layer() in ("omp", "tbb")
-
-
-def runs_together() -> bool:
-    """Whether loops may use several threads: on Linux where libgomp is installed."""
-    return THREADS and usable()
-
-
-def use_threads(threads: int) -> None:
-    """For loops that the calling thread starts from now on."""
-    if runs_together():
-        nb.set_num_threads(min(threads, nb.config.NUMBA_NUM_THREADS))
-
-
-def threads() -> int:
-    """That loops of the calling thread may use."""
-    return nb.get_num_threads() if runs_together() else 1
 
 
 def fits(tensor: Tensor) -> bool:
     """Whether these loops are made for such tensors. Gradients, and code that `torch.compile` reads, are PyTorch's."""
     plain = tensor.dtype is float_ and tensor.device == _CPU
-    return plain and not is_grad_enabled() and not is_compiling() and usable()
+    return plain and not is_grad_enabled() and not is_compiling()
 
 
 # --- states ----------------------------------------------------------------------------------------------------------
@@ -184,72 +164,141 @@ def store(
 # --- products --------------------------------------------------------------------------------------------------------
 
 
-@nb.njit(void(TABLE, TABLE, TABLE, int64, int64), fastmath=FAST, nogil=True, cache=KEPT)
-def _some_outputs(weight: Floats, states: Floats, out: Floats, first: int, end: int) -> None:
-    """Two outputs of four tokens at a time: eight sums fill the vector registers, and weights are read once."""
+#: how many sums stay in vector registers: 16 where a processor has 32 of them, 8 elsewhere
+MANY_REGISTERS = llvm.get_host_cpu_features().get("avx512vl", False)
+
+
+@nb.njit(void(TABLE, TABLE, TABLE, int64), fastmath=FAST, nogil=True, cache=KEPT)
+def _four_outputs(weight: Floats, states: Floats, out: Floats, j: int) -> None:
+    """Four outputs of four tokens at a time; of one token at a time what is left."""
     tokens, inputs = states.shape
+    w0, w1, w2, w3 = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
     in_fours = tokens - tokens % 4
-    for j in range(first, end - 1, 2):
-        w0, w1 = weight[j], weight[j + 1]
-        for t in range(0, in_fours, 4):
-            x0, x1, x2, x3 = states[t], states[t + 1], states[t + 2], states[t + 3]
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
-            for i in range(inputs):
-                y0, y1, y2, y3 = x0[i], x1[i], x2[i], x3[i]
-                w = w0[i]
-                a0 += w * y0
-                a1 += w * y1
-                a2 += w * y2
-                a3 += w * y3
-                w = w1[i]
-                b0 += w * y0
-                b1 += w * y1
-                b2 += w * y2
-                b3 += w * y3
-            out[t, j], out[t + 1, j], out[t + 2, j], out[t + 3, j] = a0, a1, a2, a3
-            out[t, j + 1], out[t + 1, j + 1], out[t + 2, j + 1], out[t + 3, j + 1] = b0, b1, b2, b3
-        t = in_fours
-        if tokens - t >= 2:
-            x0, x1 = states[t], states[t + 1]
-            a0 = a1 = b0 = b1 = np.float32(0)
-            for i in range(inputs):
-                y0, y1 = x0[i], x1[i]
-                w = w0[i]
-                a0 += w * y0
-                a1 += w * y1
-                w = w1[i]
-                b0 += w * y0
-                b1 += w * y1
-            out[t, j], out[t + 1, j], out[t, j + 1], out[t + 1, j + 1] = a0, a1, b0, b1
-            t += 2
-        if t < tokens:
-            x0 = states[t]
-            a0 = b0 = np.float32(0)
-            for i in range(inputs):
-                a0 += w0[i] * x0[i]
-                b0 += w1[i] * x0[i]
-            out[t, j], out[t, j + 1] = a0, b0
-    if (end - first) % 2:
-        w0 = weight[end - 1]
-        for t in range(tokens):
-            x0 = states[t]
-            a0 = np.float32(0)
-            for i in range(inputs):
-                a0 += w0[i] * x0[i]
-            out[t, end - 1] = a0
+    for t in range(0, in_fours, 4):
+        x0, x1, x2, x3 = states[t], states[t + 1], states[t + 2], states[t + 3]
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
+        c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = np.float32(0)
+        for i in range(inputs):
+            y0, y1, y2, y3 = x0[i], x1[i], x2[i], x3[i]
+            w = w0[i]
+            a0 += w * y0
+            a1 += w * y1
+            a2 += w * y2
+            a3 += w * y3
+            w = w1[i]
+            b0 += w * y0
+            b1 += w * y1
+            b2 += w * y2
+            b3 += w * y3
+            w = w2[i]
+            c0 += w * y0
+            c1 += w * y1
+            c2 += w * y2
+            c3 += w * y3
+            w = w3[i]
+            d0 += w * y0
+            d1 += w * y1
+            d2 += w * y2
+            d3 += w * y3
+        out[t, j], out[t + 1, j], out[t + 2, j], out[t + 3, j] = a0, a1, a2, a3
+        out[t, j + 1], out[t + 1, j + 1], out[t + 2, j + 1], out[t + 3, j + 1] = b0, b1, b2, b3
+        out[t, j + 2], out[t + 1, j + 2], out[t + 2, j + 2], out[t + 3, j + 2] = c0, c1, c2, c3
+        out[t, j + 3], out[t + 1, j + 3], out[t + 2, j + 3], out[t + 3, j + 3] = d0, d1, d2, d3
+    for t in range(in_fours, tokens):
+        x0 = states[t]
+        a0 = b0 = c0 = d0 = np.float32(0)
+        for i in range(inputs):
+            y0 = x0[i]
+            a0 += w0[i] * y0
+            b0 += w1[i] * y0
+            c0 += w2[i] * y0
+            d0 += w3[i] * y0
+        out[t, j], out[t, j + 1], out[t, j + 2], out[t, j + 3] = a0, b0, c0, d0
 
 
-@loop(void(TABLE, TABLE, TABLE, int64), parallel=True)
-def _multiply(weight: Floats, states: Floats, out: Floats, parts: int) -> None:
-    outputs = weight.shape[0]
-    share = (outputs + parts - 1) // parts
-    share += share % 2
-    for part in prange(parts):
-        _some_outputs(weight, states, out, part * share, min(outputs, (part + 1) * share))
+@nb.njit(void(TABLE, TABLE, TABLE, int64), fastmath=FAST, nogil=True, cache=KEPT)
+def _two_outputs(weight: Floats, states: Floats, out: Floats, j: int) -> None:
+    """Two outputs of four tokens at a time; of one token at a time what is left."""
+    tokens, inputs = states.shape
+    w0, w1 = weight[j], weight[j + 1]
+    in_fours = tokens - tokens % 4
+    for t in range(0, in_fours, 4):
+        x0, x1, x2, x3 = states[t], states[t + 1], states[t + 2], states[t + 3]
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
+        for i in range(inputs):
+            y0, y1, y2, y3 = x0[i], x1[i], x2[i], x3[i]
+            w = w0[i]
+            a0 += w * y0
+            a1 += w * y1
+            a2 += w * y2
+            a3 += w * y3
+            w = w1[i]
+            b0 += w * y0
+            b1 += w * y1
+            b2 += w * y2
+            b3 += w * y3
+        out[t, j], out[t + 1, j], out[t + 2, j], out[t + 3, j] = a0, a1, a2, a3
+        out[t, j + 1], out[t + 1, j + 1], out[t + 2, j + 1], out[t + 3, j + 1] = b0, b1, b2, b3
+    for t in range(in_fours, tokens):
+        x0 = states[t]
+        a0 = b0 = np.float32(0)
+        for i in range(inputs):
+            a0 += w0[i] * x0[i]
+            b0 += w1[i] * x0[i]
+        out[t, j], out[t, j + 1] = a0, b0
 
 
-def multiply(weight: Floats, states: Tensor) -> Tensor:
-    """Weights [outputs, inputs] times states [tokens, inputs], for a few tokens: [tokens, outputs]."""
-    out = empty(len(states), len(weight))
-    _multiply(weight, states.contiguous().numpy(), out.numpy(), threads())
-    return out
+@nb.njit(void(TABLE, TABLE, TABLE, int64, int64), fastmath=FAST, nogil=True, cache=KEPT)
+def some_outputs(weight: Floats, states: Floats, out: Floats, first: int, end: int) -> None:
+    """Outputs `first` to `end` (excluded): as many sums at once as registers hold, so that weights are read once."""
+    j = first
+    if MANY_REGISTERS or len(states) == 1:
+        while j + 4 <= end:
+            _four_outputs(weight, states, out, j)
+            j += 4
+    while j + 2 <= end:
+        _two_outputs(weight, states, out, j)
+        j += 2
+    if j < end:
+        row = weight[j]
+        for t in range(len(states)):
+            state = states[t]
+            total = np.float32(0)
+            for i in range(len(row)):
+                total += row[i] * state[i]
+            out[t, j] = total
+
+
+@nb.cfunc(GIVEN, cache=KEPT, **OPTIONS)
+def _some_of_a_product(given: Any) -> None:
+    outputs, inputs, tokens = given[1], given[2], given[4]
+    share = -(-outputs // parts())
+    share += -share % 4
+    first = min(part() * share, outputs)
+    some_outputs(
+        carray(at(given[0]), (outputs, inputs), np.float32),
+        carray(at(given[3]), (tokens, inputs), np.float32),
+        carray(at(given[5]), (tokens, outputs), np.float32),
+        first,
+        min(first + share, outputs),
+    )
+
+
+class Product:
+    """Weights [outputs, inputs], which must stay where they are, times a few states [tokens, inputs].
+
+    For one thread at a time. The memory is handed on as addresses: arrays would cost a tenth of a small product.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.contiguous()
+        self.outputs = len(weight)
+        self._given = (c_int64 * 6)(self.weight.data_ptr(), *weight.shape)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Gives [tokens, outputs]."""
+        states = states.contiguous()
+        out = empty(len(states), self.outputs)
+        self._given[3:] = [states.data_ptr(), len(states), out.data_ptr()]
+        share(_some_of_a_product, self._given, get_num_threads())
+        return out

@@ -1,13 +1,17 @@
 """Attention of ragged rows on the CPU: no padding, no masks, no row that waits for a longer one."""
 
+from ctypes import c_int64
+from typing import Any
+
 import numba as nb
 import numpy as np
 import numpy.typing as npt
-from numba import float32, int64, prange, void
-from torch import Tensor, from_numpy
+from numba import carray, float32, int64, void
+from torch import Tensor, empty, get_num_threads
 
-from engine.loops import CACHE, CUBE, HIDDEN, HIDDEN_ROW, PLACES, STRIDED, TABLE, Floats, loop
-from engine.native import exp, threads
+from engine.loops import CACHE, FAST, HIDDEN, HIDDEN_ROW, KEPT, TABLE, Floats, loop
+from engine.native import exp
+from engine.openmp import GIVEN, OPTIONS, at, part, parts, share
 
 Places = npt.NDArray[np.int64]
 
@@ -59,7 +63,7 @@ def _mix(weights: Floats, values: Floats, begin: int, end: int, mixed: Floats) -
             mixed[i] += weights[j] * values[j, i]
 
 
-@loop(void(STRIDED, TABLE, TABLE, int64, int64, int64, int64, int64, HIDDEN_ROW, int64, float32, CUBE))
+@loop(void(TABLE, TABLE, TABLE, int64, int64, int64, int64, int64, HIDDEN_ROW, int64, float32, TABLE))
 def _attend_head(
     q: Floats,
     keys: Floats,
@@ -82,7 +86,7 @@ def _attend_head(
         token, end = first + nth, start + nth + 1
         begin = max(0, end - window) if window else 0
         for i in range(size):
-            query[i] = q[token, head, i] * scale
+            query[i] = q[token, head * size + i] * scale
         _score(query, keys, begin, end, scores)
         for j in range(begin, min(end, len(visible))):
             if visible[j] <= layer:
@@ -90,20 +94,19 @@ def _attend_head(
         total = _exp_scores(scores, begin, end)
         _mix(scores, values, begin, end, mixed)
         for i in range(size):
-            out[token, head, i] = mixed[i] / total
+            out[token, head * size + i] = mixed[i] / total
 
 
-_ARGUMENTS = (STRIDED, CACHE, CACHE, PLACES, PLACES, PLACES, int64, HIDDEN, int64, float32, CUBE)
+_ATTENDED = void(TABLE, int64, CACHE, CACHE, HIDDEN, int64, HIDDEN, int64, float32, TABLE, int64, int64)
 
 
-@loop(void(*_ARGUMENTS, int64, int64))
-def _attend_some(
+@nb.njit(_ATTENDED, fastmath=FAST, nogil=True, cache=KEPT, error_model="numpy")
+def attend_heads(
     q: Floats,
+    n_heads: int,
     keys: Floats,
     values: Floats,
-    rows: Places,
-    starts: Places,
-    counts: Places,
+    span: Places,
     window: int,
     visible: Places,
     layer: int,
@@ -112,21 +115,22 @@ def _attend_some(
     part: int,
     parts: int,
 ) -> None:
-    """One of so many parts of all heads of all rows."""
-    heads, group = q.shape[1], q.shape[1] // keys.shape[1]
-    firsts = np.cumsum(counts) - counts
-    tasks = len(rows) * heads
+    """One of so many parts of all heads of all rows.
+
+    q: each token's heads first in its row of the table. span: see `spans`.
+    """
+    group, tasks = n_heads // keys.shape[1], span.shape[1] * n_heads
     for task in range(part * tasks // parts, (part + 1) * tasks // parts):
-        place, head = task // heads, task % heads
-        row, kv = rows[place], head // group
+        place, head = task // n_heads, task % n_heads
+        row, kv = span[0, place], head // group
         _attend_head(
             q,
             keys[row, kv],
             values[row, kv],
             head,
-            firsts[place],
-            starts[place],
-            counts[place],
+            span[3, place],
+            span[1, place],
+            span[2, place],
             window,
             visible[row if visible.shape[0] > 1 else 0],
             layer,
@@ -135,23 +139,25 @@ def _attend_some(
         )
 
 
-@loop(void(*_ARGUMENTS, int64), parallel=True)
-def _attend_together(
-    q: Floats,
-    keys: Floats,
-    values: Floats,
-    rows: Places,
-    starts: Places,
-    counts: Places,
-    window: int,
-    visible: Places,
-    layer: int,
-    scale: float,
-    out: Floats,
-    parts: int,
-) -> None:
-    for part in prange(parts):
-        _attend_some(q, keys, values, rows, starts, counts, window, visible, layer, scale, out, part, parts)
+@nb.cfunc(GIVEN, cache=KEPT, **OPTIONS)
+def _attend_some(given: Any) -> None:
+    """This thread's part of a layer's attention."""
+    n_tokens, stride, n_heads = given[1], given[2], given[3]
+    shape = given[6], given[7], given[8], given[9]
+    attend_heads(
+        carray(at(given[0]), (n_tokens, stride), np.float32),
+        n_heads,
+        carray(at(given[4]), shape, np.float32),
+        carray(at(given[5]), shape, np.float32),
+        carray(at(given[10]), (4, given[11]), np.int64),
+        given[16],
+        carray(at(given[12]), (given[13], given[14]), np.int64),
+        given[17],
+        carray(at(given[15]), 1, np.float32)[0],
+        carray(at(given[18]), (n_tokens, n_heads * shape[3]), np.float32),
+        part(),
+        parts(),
+    )
 
 
 #: keys that are looked at, over all rows: fewer, and waking the other threads takes longer than they save
@@ -168,24 +174,37 @@ class Attention:
     def __init__(
         self, rows: list[int], starts: list[int], counts: list[int], visible: Places | None, scale: float
     ) -> None:
-        self.tokens = np.array(rows), np.array(starts), np.array(counts)
-        self.visible = _ALL if visible is None else visible
-        self.scale = scale
-        self.parts = threads() if sum(starts) + sum(counts) > _WORTH_WAKING else 1
+        # Everything that the loop gets by its address is kept here.
+        self._span = spans(rows, starts, counts)
+        self._visible = ALL if visible is None else np.ascontiguousarray(visible)
+        self._scale = np.array([scale], np.float32)
+        hidden = self._visible.ctypes.data, *self._visible.shape, self._scale.ctypes.data
+        self._given = (c_int64 * 19)(*[0] * 10, self._span.ctypes.data, len(rows), *hidden)
+        self.threads = get_num_threads() if sum(starts) + sum(counts) > _WORTH_WAKING else 1
 
     def __call__(self, q: Tensor, keys: Floats, values: Floats, *, window: int | None, layer: int) -> Tensor:
         """The layer's keys and values are [rows, kv heads, positions, size], q is [tokens, heads, size].
 
         Gives [tokens, heads * size].
         """
-        out = np.empty(q.shape, np.float32)
-        given = (q.numpy(), keys, values, *self.tokens, window or 0, self.visible, layer, self.scale, out)
-        if self.parts > 1:
-            _attend_together(*given, self.parts)
-        else:
-            _attend_some(*given, 0, 1)
-        return from_numpy(out.reshape(len(out), -1))
+        tokens, heads, size = q.shape
+        if q.stride()[1:] != (size, 1):
+            q = q.contiguous()
+        out = empty(tokens, heads * size)
+        self._given[:4] = [q.data_ptr(), tokens, q.stride(0), heads]
+        self._given[4:10] = [keys.ctypes.data, values.ctypes.data, *keys.shape]
+        self._given[16:] = [window or 0, layer, out.data_ptr()]
+        share(_attend_some, self._given, self.threads)
+        return out
+
+
+def spans(rows: list[int], starts: list[int], counts: list[int]) -> Places:
+    """What attention needs of each row, [4, rows].
+
+    Its place in the cache, its first token's position, how many tokens, and the flat place of the first.
+    """
+    return np.array([rows, starts, counts, np.cumsum(counts) - counts])
 
 
 #: nothing is hidden
-_ALL = np.zeros((1, 0), np.int64)
+ALL = np.zeros((1, 0), np.int64)

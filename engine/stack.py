@@ -16,6 +16,7 @@ from engine import native
 from engine.attention import NativeAttention, PromptAttention, StepAttention
 from engine.cache import KeyValues, Span
 from engine.matrices import Matrix
+from engine.native_layers import MOST_TOGETHER, LlamaLayers
 
 #: so many tokens of a row share one product with padding; more, and each row has its own
 _FEW = 16
@@ -75,10 +76,16 @@ class LayerStack(ABC):
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * self.n_layers)
         dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 16 * self.n_layers)
+        self.together = None
         for matrix in self.all_matrices():
             matrix.stay_uncompiled()
         for name in ("queries", "keys_values", "merge"):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
+
+    @cached_property
+    def together(self) -> LlamaLayers | None:
+        """All layers as one loop of few tokens, where a family has one and this machine can run it."""
+        return None
 
     # --- what all families share ------------------------------------------------------------------------------
 
@@ -110,8 +117,11 @@ class LayerStack(ABC):
         """Take the tokens of `span` through layers `first` to `end` (excluded), writing their keys and values."""
         if first == end:
             return states
-        index, attend = self._index(span), self._attention(span, cache)
-        place, write = self.place(index[1]), cache.writer(span, index)
+        index = self._index(span)
+        place = self.place(index[1])
+        if span.size <= MOST_TOGETHER and native.fits(states) and self.together is not None:
+            return self.together.run(states, span, cache, index, place, first, end)
+        attend, write = self._attention(span, cache), cache.writer(span, index)
         for layer in range(first, end):
             q, k, v = self.queries(layer, states, place)
             write(layer, k, v)
@@ -121,7 +131,11 @@ class LayerStack(ABC):
     def fill(self, states: Tensor, span: Span, cache: KeyValues, first: int, end: int) -> None:
         """Write keys and values of layers `first` to `end` (excluded) from states that do not pass them (SEC, CALM)."""
         index = self._index(span)
-        place, write = self.place(index[1]), cache.writer(span, index)
+        place = self.place(index[1])
+        if span.size <= MOST_TOGETHER and native.fits(states) and self.together is not None:
+            self.together.fill(states, span, cache, index, place, first, end)
+            return
+        write = cache.writer(span, index)
         for layer in range(first, end):
             write(layer, *self.keys_values(layer, states, place))
 

@@ -275,14 +275,3 @@ def exit_code(target: Callable[..., None], *arguments: Any) -> int | None:
     with process(target, *arguments) as child:
         child.join(DEADLINE_SECONDS)
         return child.exitcode
-
-
-def wait_for(what: str, look: Callable[[], T | None], seconds: float = DEADLINE_SECONDS) -> T:
-    """The first true answer; fails after the deadline."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        answer = look()
-        if answer:
-            return answer
-        time.sleep(0.02)
-    raise AssertionError(f"not seen within {seconds:.0f} s: {what}")

@@ -84,7 +84,7 @@ def resume(
     database: DatabaseUrl = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Go on with a job that was paused, was interrupted or failed; report."""
+    """Go on with a job that was paused, was interrupted or failed; report. One that was cancelled stays so."""
     from db.jobs import resume_job
 
     settings, page = start(database, workers, ray_address, gpus_per_worker), writable(html)
@@ -100,9 +100,10 @@ def pause(job: JobId, database: DatabaseUrl = None, as_json: JsonFlag = False) -
     from db.jobs import pause_job
 
     with opened(start(database), create=False) as db:
-        _not_ended(db, job, "paused")
-        pause_job(db, job)
-        _answer(db, job, "paused", as_json)
+        paused = pause_job(db, job)
+        if not paused:
+            _not_ended(db, job, "paused")
+        _answer(db, job, "paused" if paused else "was paused already", as_json)
 
 
 def retry(job: JobId, database: DatabaseUrl = None, as_json: JsonFlag = False) -> None:
@@ -122,13 +123,17 @@ def retry(job: JobId, database: DatabaseUrl = None, as_json: JsonFlag = False) -
 
 
 def cancel(job: JobId, database: DatabaseUrl = None, as_json: JsonFlag = False) -> None:
-    """End a job before its time; what is done is kept."""
+    """End a job before its time; what is done is kept. A policy that was being added is taken back."""
     from db.jobs import cancel_job
+    from db.jobs import job as read_row
 
     with opened(start(database), create=False) as db:
-        _not_ended(db, job, "cancelled")
-        cancel_job(db, job)
-        _answer(db, job, "cancelled", as_json)
+        if not cancel_job(db, job):
+            _not_ended(db, job, "cancelled")
+        done = read_row(db, job).state == "done"
+        _answer(
+            db, job, "the policy that was added is taken back, it is done as before" if done else "cancelled", as_json
+        )
 
 
 def validate(spec: SpecFile, overrides: Overrides = None, as_json: JsonFlag = False) -> None:

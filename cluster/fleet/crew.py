@@ -66,6 +66,7 @@ class Crew:
         self.members: list[Member] = []
         self.blame = Blame()
         self.changed = False  #: somebody came or went since it was last set to False
+        self._open: Collection[int] = ()  #: the open jobs, as it was last told
         self._actor = as_actor(of)
         self._hired = 0
 
@@ -161,7 +162,7 @@ class Crew:
 
     def ask(self, open_jobs: Collection[int]) -> None:
         """See that workers tell how they are getting on, and replace those that do not."""
-        now = time.monotonic()
+        now, self._open = time.monotonic(), open_jobs
         for member in list(self.members):
             if member.node is None:
                 continue
@@ -215,7 +216,7 @@ class Crew:
             self._bury(
                 member, f"Task {pulse.task_id} hangs: it has not moved on for {still}, but its lease is renewed."
             )
-        elif pulse.job_id is None or not is_given_up(self.db, pulse.job_id):
+        elif pulse.job_id is None or pulse.job_id in self._open or not is_given_up(self.db, pulse.job_id):
             member.cancelled_since = None
         else:
             member.cancelled_since = member.cancelled_since or time.monotonic()

@@ -49,7 +49,7 @@ def _supervise(orders: Orders) -> None:
         if os.getppid() != keeper:  # nobody would start it again, nor keep another fleet out
             raise KeyboardInterrupt
 
-    with closing(open_database(orders.database_url)) as db:
+    with closing(open_database(orders.database_url, patient=True)) as db:
         fleet = Fleet(
             db,
             workers=orders.workers,

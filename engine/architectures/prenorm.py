@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import native
+from engine.kernels import TWICE
 from engine.matrices import Matrix
 from engine.stack import LayerStack
 
@@ -87,7 +88,7 @@ class PreNormStack(LayerStack):
         self.vocab_size = config.vocab_size
         self.max_context = config.max_position_embeddings
         self.unembedding = lm_head.weight
-        self.unembedder = Matrix(lm_head.weight, lm_head.bias, keeps_dense=True)
+        self.unembedder = Matrix(lm_head.weight, lm_head.bias, layouts=TWICE)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding[ids]

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.kernels import ANY, Layouts
 from engine.matrices import Matrix
+from engine.memory import forget_pages
 
 
-def side_by_side(*projections: nn.Linear) -> Matrix:
+def side_by_side(*projections: nn.Linear, layouts: Layouts = ANY) -> Matrix:
     """Several projections of one input as one."""
     biases = [projection.bias.data for projection in projections if projection.bias is not None]
     if len(projections) == 1:
-        return Matrix(projections[0].weight.data, *biases)
+        return Matrix(projections[0].weight.data, *biases, layouts=layouts)
     weight = torch.cat([projection.weight.data for projection in projections])
     for projection in projections:
         _give_back(projection)
-    return Matrix(weight, torch.cat(biases) if biases else None)
+    return Matrix(weight, torch.cat(biases) if biases else None, layouts=layouts)
 
 
 def turned(projection: Any) -> Matrix:
@@ -45,4 +47,5 @@ def gathered(projection: nn.Linear, groups: int, order: tuple[int, int, int] = (
 
 
 def _give_back(projection: Any) -> None:
+    forget_pages(projection.weight.data)
     projection.weight.data = projection.weight.data.new_empty(0)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class Qwen2Stack(LlamaStack):
     """Llama's layers, of which some may look back over a window only."""
 
+    runs_together = True
+
     def __init__(self, model: "Qwen2ForCausalLM") -> None:
         super().__init__(model)
         self.windows = [_window(model.config, kind) for kind in model.config.layer_types]
@@ -27,6 +29,8 @@ class Qwen2Stack(LlamaStack):
 
 class Qwen3Stack(Qwen2Stack):
     """Qwen2's layers, in which queries and keys have norms of their own."""
+
+    runs_together = True
 
     def __init__(self, model: "Qwen3ForCausalLM") -> None:
         super().__init__(model)

@@ -13,7 +13,7 @@ class Peer:
     """Answers with what `generate` took. Ended with the `with` block."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OPENBLAS_THREAD_TIMEOUT")
+        ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
         environment = {name: value for name, value in os.environ.items() if name not in ours}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__)), str(folder), str(threads)],

@@ -5,17 +5,15 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from waiting import wait_for as wait_for
 
 from cluster.spec import JobSpec
 from db import results
 from db.session import Database
-
-T = TypeVar("T")
 
 POLICIES: list[Any] = [
     "full",
@@ -23,7 +21,6 @@ POLICIES: list[Any] = [
     {"patience": {"patience": 1, "kv": "recompute"}},
     {"sec": {"exit": 0.5, "stop": 0.9, "on_stop": "suppress"}},
 ]
-DEADLINE_SECONDS = 240.0
 
 
 @dataclass(frozen=True)
@@ -98,17 +95,6 @@ def rows(db: Database, sql: str) -> list[tuple[Any, ...]]:
     """What the tests need to know of a SQLite record and no door tells."""
     with sqlite3.connect(db.url.removeprefix("sqlite:///")) as connection:
         return connection.execute(sql).fetchall()
-
-
-def wait_for(what: str, look: Callable[[], T | None], seconds: float = DEADLINE_SECONDS) -> T:
-    """The first true answer; fails after the deadline."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        answer = look()
-        if answer:
-            return answer
-        time.sleep(0.02)
-    raise AssertionError(f"not seen within {seconds:.0f} s: {what}")
 
 
 def shortstop(*arguments: str) -> subprocess.Popen[str]:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import claimed, planned_job
+from made import claimed, planned_job, planned_policy, summarise, work
 from small_world import World, wait_for
 from structlog.testing import capture_logs
 from typer.testing import CliRunner, Result
 
 import cluster.jobs
 from cluster.cli import app
-from db import jobs, queue
+from db import jobs, planning, queue, results
 from db.jobs import JobState
 from db.session import Database
 from workers.worker import IDLE_SECONDS
@@ -60,12 +60,16 @@ def test_a_script_may_submit_again_under_its_key(world: World, db: Database, tmp
     assert numbers == ["1\n", "1\n"]
     told = refusal(db, "submit", spec, "--key", "nightly", "-O", "shard_batches=3")
     assert told == "shortstop: key 'nightly' belongs to job 1, which was submitted with another spec; take another key."
+    for empty in ("", " "):
+        told = refusal(db, "submit", spec, "--key", empty)
+        assert told == f"shortstop: key {empty!r} is empty; give the job a name of its own, or leave the key out."
     assert len(jobs.list_jobs(db)) == 1
 
 
 def test_a_job_is_paused_and_says_so(db: Database) -> None:
     job_id = planned_job(db)
     assert call(db, "pause", job_id).stdout == f"job {job_id}: paused\n"
+    assert call(db, "pause", job_id).stdout == f"job {job_id}: was paused already\n"
     assert answered(db, "pause", job_id)["paused"] is True
     for command in (("list",), ("show", job_id)):
         assert "ready, paused" in call(db, *command).stdout
@@ -81,6 +85,25 @@ def test_cancel_ends_a_job_once(db: Database) -> None:
     told = refusal(db, "cancel", job_id)
     assert told == f"shortstop: job {job_id} is cancelled; only a job that has not ended can be cancelled."
     assert "job 99 does not exist" in refusal(db, "cancel", 99)
+
+
+def test_a_cancelled_job_is_not_resumed(db: Database) -> None:
+    """One sentence instead of half a report. Red without the look at the state in `resume_job`."""
+    job_id = planned_job(db)
+    jobs.cancel_job(db, job_id)
+    told = refusal(db, "resume", job_id, "--inline")
+    assert told == f"shortstop: job {job_id} was cancelled, and what was left of it is gone; submit it again."
+    assert "job 99 does not exist" in refusal(db, "resume", 99)
+
+
+def test_a_cancel_takes_an_added_policy_back(db: Database) -> None:
+    job_id = planned_job(db)
+    work(db)
+    results.finalise(db, job_id, summarise)
+    planning.add_policy(db, job_id, planned_policy("patience patience=2"))
+    told = f"job {job_id}: the policy that was added is taken back, it is done as before\n"
+    assert call(db, "cancel", job_id).stdout == told
+    assert "only a job that has not ended can be cancelled" in refusal(db, "cancel", job_id)
 
 
 def test_dead_tasks_are_shown_and_retried(db: Database) -> None:

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 from made import claimed, planned_job, planned_policy, results_of, summarise, work
 from sqlalchemy import text
+from test_checks import HASHES
 
-from db import jobs, planning, queue, rescoring, results
-from db.errors import BadInput, RecordError
+from db import jobs, planning, pruning, queue, rescoring, results
+from db.checks import check
+from db.errors import BadInput, LeaseLost, RecordError
 from db.jobs import JobState
 from db.queue import Lease
 from db.records import ShardResults
@@ -43,6 +45,11 @@ def only(made: ShardResults, run_ids: set[int]) -> ShardResults:
 def wanted(db: Database, lease: Lease, **options: int) -> ShardResults:
     """What a worker would commit: the runs that the record says are the shard's."""
     return only(results_of(db, lease, **options), {run.id for run in results.runs_of_shard(db, lease)})
+
+
+def violations(db: Database) -> list[str]:
+    """Of jobs: the hashes of test_checks know the first benchmark only."""
+    return [sentence for sentence in check(db, HASHES) if not sentence.startswith("benchmark 2")]
 
 
 def work_added(db: Database, job_id: int) -> int:
@@ -278,3 +285,71 @@ def test_a_finaliser_that_comes_late_stores_nothing(db: Database, done: int) -> 
     summaries = [one.summary for one in jobs.runs(db, done)]
     assert None not in summaries
     assert {"by": "late"} not in summaries
+
+
+@pytest.mark.parametrize("shards", [0, 3])
+def test_a_cancel_takes_only_the_added_policy_back(db: Database, done: int, shards: int) -> None:
+    """The job is done as before, with its report; the policy may come again. Red where the job just ends."""
+    runs, row = jobs.runs(db, done), jobs.job(db, done)
+    before = earlier(db, [run.id for run in runs])
+    add(db, done)
+    for _ in range(shards):
+        lease = claimed(db, job_id=done)
+        at = 1 if lease.first_batch == 0 else None
+        results.commit_shard(db, lease, wanted(db, lease, **({"end_batch": 1} if at else {})), split_at=at)
+    lease = claimed(db, "late", job_id=done)
+    late = wanted(db, lease)
+    assert jobs.cancel_job(db, done)
+    with pytest.raises(LeaseLost):
+        results.commit_shard(db, lease, late)
+    spec = {"model": "none", "policies": []}
+    assert jobs.job(db, done) == replace(row, spec=spec)
+    assert jobs.runs(db, done) == runs
+    assert earlier(db, [run.id for run in runs]) == before
+    assert [one.id for one in jobs.list_jobs(db)] == [done]
+    assert violations(db) == []
+    assert not jobs.cancel_job(db, done), "it has ended"
+    add(db, done)
+    assert work_added(db, done) == 6
+    assert results.finalise(db, done, summarise)
+    assert violations(db) == []
+    assert not jobs.cancel_job(db, done), "it has ended with its policy"
+
+
+def test_a_policy_is_taken_back_also_after_its_shards_had_died(db: Database, done: int) -> None:
+    """Retried, the job goes on with it; cancelled, it is done."""
+    runs = jobs.runs(db, done)
+    add(db, done)
+    while lease := queue.claim(db, "worker", kind="shard", job_id=done):
+        if lease.benchmark_id == runs[0].benchmark_id:
+            results.commit_shard(db, lease, wanted(db, lease))
+        else:
+            with db.write() as connection:
+                connection.execute(text(f"UPDATE task SET attempt = 9 WHERE id = {lease.task_id}"))
+            queue.fail(db, lease, "it broke")
+    assert results.finalise(db, done, summarise)
+    assert jobs.job(db, done).state is JobState.FAILED
+    assert jobs.retry_job(db, done) == 3
+    assert jobs.cancel_job(db, done)
+    assert jobs.job(db, done).state is JobState.DONE
+    assert jobs.runs(db, done) == runs
+    assert violations(db) == []
+
+
+def test_what_an_interrupted_cancel_leaves_goes_with_the_next_prune(
+    db: Database, done: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job is done at once; its parted runs are nobody's."""
+    runs = jobs.runs(db, done)
+    add(db, done)
+    lease = claimed(db, job_id=done)
+    results.commit_shard(db, lease, wanted(db, lease))
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, "remove_condemned", lambda db, job_id: None)
+        assert jobs.cancel_job(db, done)
+    assert jobs.runs(db, done) == runs
+    assert [one.id for one in jobs.list_jobs(db)] == [done]
+    [sentence] = violations(db)
+    assert "is half removed; run `shortstop db prune` again" in sentence
+    pruning.prune(db, 86_400)
+    assert violations(db) == []

@@ -156,6 +156,10 @@ LESS_TOKENS = {
         ),
         (GONE.split(";")[1], r"run 1 .*: 2 scores are of samples without an outcome"),
         ("DELETE FROM run WHERE id = 2", r"table outcome: 23 rows have a run_id that is not in run, 2 first"),
+        ("DELETE FROM run WHERE id = 2", r"table score: \d+ rows have a run_id that is not in run, 2 first"),
+        ("DELETE FROM sample WHERE id = 3", r"table outcome: 2 rows have a sample_id that is not in sample, 3 first"),
+        ("DELETE FROM sample WHERE id = 3", r"table score: 4 rows have a sample_id that is not in sample, 3 first"),
+        (f"DELETE FROM task WHERE id = ({DONE_SHARD})", r"table outcome: 14 rows have a task_id that is not in task"),
         ("DELETE FROM task WHERE state = 'split'", r"table task: 2 rows have a parent_id that is not in task"),
         (
             "INSERT INTO job_event (job_id, at, who, what, detail) VALUES (77, 1.5, 'local', 'cancelled', '{}')",

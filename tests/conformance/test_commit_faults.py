@@ -10,9 +10,10 @@ from functools import partial
 
 import faults
 import pytest
-from faults import assert_as_undisturbed, commit, contents, planned, reaching, wait_for, work_off
+from faults import assert_as_undisturbed, commit, contents, planned, reaching, work_off
 from made import claimed, summarise
 from sqlalchemy import text
+from waiting import wait_for
 from wire import Fault, Wire
 
 from db import jobs, queue, results

@@ -14,14 +14,16 @@ import pytest
 from made import claimed, planned_job, results_of, summarise, work
 from sqlalchemy import func, select
 from test_checks import HASHES
+from test_pruning import Killed, killed_before
 
 from cluster.reports.build import build_report
-from db import devices, exporting, jobs, queue, results
+from db import devices, exporting, importing, jobs, queue, results
 from db.checks import check
 from db.errors import BadInput
 from db.exchange import SCHEMAS, digest
 from db.exporting import export_job
 from db.importing import Imported, import_job
+from db.pruning import prune
 from db.queries import query
 from db.rollups import rollup
 from db.session import Database, open_database
@@ -161,6 +163,93 @@ def test_the_same_export_twice_is_one_job(done: Database, other: Database, expor
     for folder in (exported, tmp_path / "copied", tmp_path / "again"):
         assert import_job(other, folder, HASHES) == Imported(1, False)
     assert counts(other) == before
+
+
+def test_an_interrupted_import_goes_on_where_it_was(
+    done: Database, other: Database, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed once in every transaction, run after run: until it is whole nobody sees a job that has ended well."""
+    monkeypatch.setattr(importing, "_ROWS", 7)
+    kills = 0
+    while True:
+        with killed_before(2 if kills else 0):  # one piece further each time
+            try:
+                found = import_job(other, exported, HASHES)
+                break
+            except Killed:
+                kills += 1
+        if jobs_in(other):
+            assert jobs.job(other, 1).state is jobs.JobState.CANCELLED
+            assert jobs.list_jobs(other) == []
+            [sentence] = check(other, HASHES)
+            assert sentence == (
+                "job 1 is half imported; run its `shortstop import` again, or remove it with `shortstop db prune`."
+            )
+            with pytest.raises(BadInput, match="was cancelled"):
+                jobs.resume_job(other, 1)
+    assert found == Imported(1, True)
+    assert kills > 20
+    assert said(other, 1) == said(done, 2)
+    assert list(check(other, HASHES)) == []
+    assert import_job(other, exported, HASHES) == Imported(1, False)
+
+
+def jobs_in(db: Database) -> int:
+    return counts(db)["job"]
+
+
+def test_two_imports_of_one_export_write_it_once(
+    done: Database, other: Database, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that finds that the other went on without it says so, and leaves what is written alone."""
+    monkeypatch.setattr(importing, "_ROWS", 7)
+    pieces = importing._Import._pieces
+
+    def overtaken_pieces(self):
+        for number, piece in enumerate(pieces(self)):
+            if number == 2:
+                monkeypatch.setattr(importing._Import, "_pieces", pieces)
+                assert import_job(other, exported, HASHES) == Imported(1, True)
+            yield piece
+
+    monkeypatch.setattr(importing._Import, "_pieces", overtaken_pieces)
+    with pytest.raises(BadInput, match="is being imported by somebody else; wait until that has ended"):
+        import_job(other, exported, HASHES)
+    assert said(other, 1) == said(done, 2)
+
+
+def test_others_write_while_a_job_is_imported(other: Database, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No transaction holds more than a piece: on SQLite a job is submitted between any two."""
+    monkeypatch.setattr(importing, "_ROWS", 7)
+    pieces, submitted = importing._Import._pieces, []
+
+    def busy(self):
+        for piece in pieces(self):
+            submitted.append(jobs.create_job(other, name="meanwhile", spec={"model": "none"}))
+            yield piece
+
+    monkeypatch.setattr(importing._Import, "_pieces", busy)
+    import_job(other, exported, HASHES)
+    assert len(submitted) > 10
+
+
+def test_an_imported_job_ages_from_its_import(other: Database, exported: Path) -> None:
+    """Red where a prune goes by the time at which the job ended elsewhere."""
+    import_job(other, exported, HASHES)
+    with other.write() as connection:
+        connection.execute(job.update().values(finished_at=1.5))
+    assert prune(other, 3600).jobs == []
+    assert list(check(other, HASHES)) == []
+    assert prune(other, 0).jobs == [1]
+    assert sum(counts(other).values()) == 0
+
+
+def test_an_import_that_is_given_up_is_pruned(other: Database, exported: Path) -> None:
+    with killed_before(2), pytest.raises(Killed):
+        import_job(other, exported, HASHES)
+    assert prune(other, 3600).jobs == []
+    assert prune(other, 0).jobs == [1]
+    assert sum(counts(other).values()) == 0
 
 
 def test_a_failed_job_can_be_imported_and_go_on(done: Database, other: Database, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
-from faults import process, wait_for
+from faults import process
 from sqlalchemy import text
+from waiting import wait_for
 
 from db.exclusive import Exclusive
 from db.session import Database, open_database

@@ -23,11 +23,11 @@ from faults import (
     extents,
     planned,
     reaching,
-    wait_for,
     work_off,
 )
 from made import claimed, summarise
 from sqlalchemy import func, make_url, select, update
+from waiting import wait_for
 
 from db import jobs, queue, results, schema, session
 from db.clock import now

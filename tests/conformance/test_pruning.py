@@ -6,15 +6,16 @@ from contextlib import contextmanager
 
 import pytest
 from made import claimed, planned_job, results_of, summarise, work
-from sqlalchemy import func, select, text
+from sqlalchemy import ColumnElement, Table, func, select, text
 from test_checks import HASHES
 
 from db import jobs, pruning, queue, results
 from db.checks import check
+from db.clock import now
 from db.errors import BadInput, LeaseLost
 from db.pruning import Pruned, planned, prune
 from db.session import Database, open_database
-from db.tables import job, job_event, metadata
+from db.tables import UNCHECKED_ON_POSTGRESQL, job, job_event, metadata, task
 
 DAY = 86_400.0
 POLICIES = ("full", "self-speculative exit_layer=18")
@@ -132,6 +133,12 @@ def killed_before(write: int) -> Iterator[None]:
         yield
 
 
+def reasons(db: Database) -> list[str | None]:
+    """The error of every job."""
+    with db.read() as connection:
+        return list(connection.execute(select(job.c.error)).scalars())
+
+
 def test_a_prune_that_was_interrupted_anywhere_is_finished_by_the_next(
     db: Database, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,9 +157,10 @@ def test_a_prune_that_was_interrupted_anywhere_is_finished_by_the_next(
                 interrupted += 1
         half = [sentence for sentence in check(db, HASHES) if "; run `shortstop db prune` again" not in sentence]
         assert half == []
-        begun = [one.error for one in jobs.list_jobs(db)] != [None]
+        begun = reasons(db) != [None]
+        assert begun or len(jobs.list_jobs(db)) == 1
         prune(db, 1000 * DAY)
-        assert not begun or jobs.list_jobs(db) == []
+        assert not begun or reasons(db) == []
         prune(db, 30 * DAY)
         assert list(check(db, HASHES)) == []
         assert sum(counts(db).values()) == counts(db)["idle_worker"]
@@ -192,6 +200,35 @@ def test_a_benchmark_that_is_half_removed_is_not_used_again(db: Database, small:
     assert len(list(check(db, HASHES))) == 1
     prune(db, 30 * DAY)
     assert list(check(db, HASHES)) == []
+
+
+def test_a_shard_held_in_a_job_that_has_ended_is_taken_before_its_job_goes(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim at the moment of a cancel may leave one; committed during a prune, it would leave outcomes of nobody.
+
+    Red without `close_tasks` in `_condemn`.
+    """
+    gone = planned_job(db, 4, shard_batches=4)
+    lease = claimed(db, job_id=gone)
+    late = results_of(db, lease)
+    jobs.cancel_job(db, gone)
+    held = {"state": "leased", "epoch": lease.epoch, "lease_until": now() + 30}
+    with db.write() as connection:
+        connection.execute(task.update().where(task.c.id == lease.task_id).values(held))
+    remove, refused = pruning._remove, []
+
+    def commit_first(db: Database, table: Table, which: ColumnElement[bool]) -> int:
+        if not refused and table is pruning.OF_RUN[0]:
+            with pytest.raises(LeaseLost):
+                results.commit_shard(db, lease, late)
+            refused.append(True)
+        return remove(db, table, which)
+
+    monkeypatch.setattr(pruning, "_remove", commit_first)
+    assert prune(db, 0).jobs == [gone]
+    assert refused
+    assert set(counts(db).values()) == {0}
 
 
 def test_events_whose_job_is_gone_already_are_removed(db: Database) -> None:
@@ -247,6 +284,7 @@ def test_every_foreign_key_without_an_index_is_known(postgresql_db: Database) ->
             if type(constraint).__name__ == "UniqueConstraint"
         }
         unserved |= {(table.name, key.parent.name) for key in table.foreign_keys if key.parent.name not in starts}
+    unserved -= UNCHECKED_ON_POSTGRESQL
     few = {(table, "benchmark_id") for table in ("benchmark_name", "run", "task")}  # looked up once a benchmark
     assert unserved - few == {(table.name, column) for table, column in pruning._UNSERVED}
     assert prune(postgresql_db, 0) == Pruned([], 0, 0, 0, 0)
@@ -257,13 +295,13 @@ def test_indices_of_a_prune_go_with_it(postgresql_db: Database, postgresql_url: 
     ended(postgresql_db, 31)
     names = "SELECT count(*) FROM pg_indexes WHERE indexname LIKE 'prune_%'"
     with pruning._unserved(postgresql_db), postgresql_db.read() as connection:
-        assert connection.execute(text(names)).scalar_one() == 5
+        assert connection.execute(text(names)).scalar_one() == 2
         other = open_database(postgresql_url)
         with pytest.raises(BadInput, match="is being pruned by somebody else; wait"):
             prune(other, 30 * DAY)
         other.close()
     with postgresql_db.write() as connection:
-        connection.execute(text("CREATE INDEX prune_outcome_task_id ON outcome (task_id)"))
+        connection.execute(text("CREATE INDEX prune_rollup_task_id ON rollup (task_id)"))
     prune(postgresql_db, 30 * DAY)
     with postgresql_db.read() as connection:
         assert connection.execute(text(names)).scalar_one() == 0

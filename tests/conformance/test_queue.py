@@ -715,3 +715,14 @@ def test_a_lost_connection_can_be_tried_again(postgresql_db: Database) -> None:
     assert caught.value.retryable
     assert contents(postgresql_db) == before
     results.commit_shard(postgresql_db, lease, results_of(postgresql_db, lease))
+
+
+def test_workers_that_are_gone_are_forgotten(db: Database) -> None:
+    """The table would grow by a row with every worker that ever waited. Red without `forget_idle` in `reap`."""
+    for worker in ("gone", "here"):
+        assert queue.claim(db, worker, kind="shard") is None
+    with db.write() as connection:
+        connection.execute(text("UPDATE idle_worker SET asked_at = asked_at - 100 WHERE worker = 'gone'"))
+    queue.reap(db)
+    with db.read() as connection:
+        assert connection.execute(text("SELECT worker FROM idle_worker")).scalars().all() == ["here"]

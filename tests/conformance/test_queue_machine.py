@@ -1,8 +1,8 @@
 """The queue against a model of plain Python: whatever happens in whatever order, both say the same.
 
 The model knows no transactions, no locks and no clock; it is what the queue promises. Beside it hold, of the record
-alone: epochs only rise, no shard is held by two, live and done shards cover each batch of their job once, a stale lease
-writes nothing, and a job that has ended has no open task.
+alone: epochs only rise, no shard is held by two, live and done shards cover each batch of their job once, and once more
+for a policy that was added; a stale lease writes nothing, and a job that has ended has no open task.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
-from made import planned_job, summarise
+from made import planned_job, planned_policy, summarise
 from sqlalchemy import select
 
-from db import jobs, queue, results
+from db import jobs, planning, queue, results
 from db.errors import BadInput, LeaseLost
 from db.queue import Lease, Reaped
 from db.session import Database
@@ -39,6 +39,8 @@ class Job:
     priority: int
     state: str = "ready"
     paused: bool = False
+    policies: int = 0  #: that were added
+    first_added: int | None = None  #: the first shard of the policy that it goes on with, having been done before
 
     @property
     def open(self) -> bool:
@@ -134,10 +136,28 @@ class QueueMachine(RuleBasedStateMachine):
         held = [one for one in self.newest.values() if self.held(one)]
         return lease if as_drawn or not held else held[lease.task_id % len(held)]
 
+    @precondition(lambda self: any(job.state == "done" for job in self.jobs.values()))
+    @rule(job_id=job_ids)
+    def add_policy(self, job_id: int) -> None:
+        done = [job for job in self.jobs.values() if job.state == "done"]
+        job = self.jobs[job_id] if job_id % 5 == 0 else done[0]
+        job_id = job.id
+        policy = planned_policy(f"patience patience={job.policies + 2}")
+        if job.state != "done":
+            with pytest.raises(BadInput):
+                planning.add_policy(self.db, job_id, policy)
+            return
+        planning.add_policy(self.db, job_id, policy)
+        job.state, job.paused, job.policies = "running", False, job.policies + 1
+        new = [row for row in self.rows() if row.job_id == job_id and row.id not in self.shards]
+        for row in new:
+            self.shards[row.id] = Shard(row.id, job_id, row.first_batch, row.end_batch, row.cost)
+        job.first_added = new[0].id
+
     @rule(lease=leases, as_drawn=as_drawn, done=st.integers(0, 2))
     def renew(self, lease: Lease, as_drawn: bool, done: int) -> None:
         lease = self.chosen(lease, as_drawn)
-        shard = self.shards[lease.task_id]
+        shard = self.shard(lease)
         if self.held(lease):
             assert not queue.renew(self.db, lease, done).cancelled
             shard.done = done
@@ -152,7 +172,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(lease=leases, as_drawn=as_drawn)
     def complete(self, lease: Lease, as_drawn: bool) -> None:
         lease = self.chosen(lease, as_drawn)
-        shard = self.shards[lease.task_id]
+        shard = self.shard(lease)
         with self.db.write() as connection:
             if self.held(lease):
                 assert queue.complete(connection, lease)
@@ -167,7 +187,7 @@ class QueueMachine(RuleBasedStateMachine):
     def split(self, lease: Lease, as_drawn: bool, into: int) -> None:
         lease = self.chosen(lease, as_drawn)
         at_batch = lease.first_batch + into
-        shard = self.shards[lease.task_id]
+        shard = self.shard(lease)
         with self.db.write() as connection:
             if not lease.first_batch < at_batch < lease.end_batch:
                 with pytest.raises(BadInput):
@@ -199,7 +219,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(lease=leases, as_drawn=as_drawn)
     def give_back(self, lease: Lease, as_drawn: bool) -> None:
         lease = self.chosen(lease, as_drawn)
-        shard, held = self.shards[lease.task_id], self.held(lease)
+        shard, held = self.shard(lease), self.held(lease)
         assert queue.give_back(self.db, lease) == held
         if held:
             shard.again()
@@ -208,7 +228,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(lease=leases, as_drawn=as_drawn, refund=st.sampled_from([False, False, True]))
     def fail(self, lease: Lease, as_drawn: bool, refund: bool) -> None:
         lease = self.chosen(lease, as_drawn)
-        shard, held = self.shards[lease.task_id], self.held(lease)
+        shard, held = self.shard(lease), self.held(lease)
         assert queue.fail(self.db, lease, "it broke", refund=refund) == held
         if not held:
             return
@@ -252,7 +272,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(one=reaped)
     def refund(self, one: Reaped) -> None:
-        shard = self.shards[one.task_id]
+        shard = self.shard(one)
         job = self.jobs[shard.job_id]
         there = shard.state in ("ready", "dead") and shard.epoch == one.epoch and shard.worker is not None
         expected = there and not (shard.state == "dead" and job.state == "cancelled")
@@ -271,15 +291,36 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.claims) > 8 and len(self.claims) % 4 == 0)
     @rule(job_id=job_ids)
     def cancel(self, job_id: int) -> None:
-        job = self.jobs[job_id]
+        self.expect_cancel(self.jobs[job_id])
+
+    @precondition(lambda self: any(job.open and job.first_added for job in self.jobs.values()))
+    @rule(now=st.sampled_from([False, True]))
+    def cancel_a_policy(self, now: bool) -> None:
+        if now:
+            self.expect_cancel(next(job for job in self.jobs.values() if job.open and job.first_added))
+
+    def expect_cancel(self, job: Job) -> None:
+        job_id = job.id
+        # SQLite gives the highest numbers again once their rows are gone: let these not be the highest
+        jobs.cancel_job(self.db, jobs.create_job(self.db, name="last", spec={}))
         assert jobs.cancel_job(self.db, job_id) == job.open
         if not job.open:
+            return
+        if job.first_added is not None:
+            self.take_back(job, job.first_added)
             return
         job.state = "cancelled"
         for shard in self.of(job_id):
             if shard.state in OPEN:
                 shard.state = "cancelled"
                 shard.epoch += 1
+
+    def take_back(self, job: Job, first_added: int) -> None:
+        """The shards of the policy are gone; whoever holds one has lost it."""
+        for number in [shard.id for shard in self.of(job.id) if shard.id >= first_added]:
+            del self.shards[number]
+            self.newest.pop(number, None)
+        job.state, job.paused, job.first_added, job.policies = "done", False, None, job.policies - 1
 
     @precondition(lambda self: len(self.claims) % 5 == 4)
     @rule(job_id=job_ids)
@@ -308,21 +349,41 @@ class QueueMachine(RuleBasedStateMachine):
             shard.attempt, shard.worker = 0, None
             job.state = "running"
 
+    @precondition(lambda self: len(self.claims) % 4 == 3)
+    @rule(job_id=job_ids)
+    def work_off(self, job_id: int) -> None:
+        """All that is held or ready: few jobs would be done otherwise, and none would get another policy."""
+        held = [lease for lease in self.newest.values() if lease.job_id == job_id and self.held(lease)]
+        while held or (shard := self.next_shard([self.jobs[job_id]])):
+            lease = held.pop() if held else self.claim_expecting("a", shard, job_id)
+            with self.db.write() as connection:
+                assert queue.complete(connection, lease)
+            self.shard(lease).state = "done"
+        self.expect_end(job_id)
+
     @rule(job_id=job_ids)
     def finalise(self, job_id: int) -> None:
+        self.expect_end(job_id)
+
+    def expect_end(self, job_id: int) -> None:
         job, states = self.jobs[job_id], {shard.state for shard in self.of(job_id)}
         ends = job.open and not states & set(OPEN)
         assert results.finalise(self.db, job_id, summarise) == ends
         if ends:
             job.state = "failed" if "dead" in states else "done"
+            job.first_added = job.first_added if "dead" in states else None
 
     # --- what the model knows
 
     def of(self, job_id: int) -> list[Shard]:
         return [shard for shard in self.shards.values() if shard.job_id == job_id]
 
+    def shard(self, one: Lease | Reaped) -> Shard:
+        """One that went with its policy is at no epoch."""
+        return self.shards.get(one.task_id) or Shard(one.task_id, one.job_id, 0, 0, "gone", epoch=-1)
+
     def held(self, lease: Lease) -> bool:
-        shard = self.shards[lease.task_id]
+        shard = self.shard(lease)
         return (shard.state, shard.epoch) == ("leased", lease.epoch)
 
     def next_shard(self, among: list[Job]) -> Shard | None:
@@ -379,11 +440,10 @@ class QueueMachine(RuleBasedStateMachine):
     @invariant()
     def shards_cover_each_batch_once_and_an_ended_job_has_none_open(self) -> None:
         rows = self.rows()
-        for job_id in self.jobs:
-            live = sorted(
-                (row.first_batch, row.end_batch) for row in rows if row.job_id == job_id and row.state != "split"
-            )
-            assert [batch for first, end in live for batch in range(first, end)] == list(range(N_BATCHES))
+        for job_id, job in self.jobs.items():
+            live = [row for row in rows if row.job_id == job_id and row.state != "split"]
+            covered = sorted(batch for row in live for batch in range(row.first_batch, row.end_batch))
+            assert covered == sorted([*range(N_BATCHES)] * (1 + job.policies))
             if jobs.job(self.db, job_id).state.ended:
                 assert not {row.state for row in rows if row.job_id == job_id} & set(OPEN)
 

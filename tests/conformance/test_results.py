@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made import claimed, planned_job, results_of, work
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from db import jobs, results
 from db.errors import RecordError
@@ -295,3 +295,26 @@ def test_what_no_database_keeps_is_replaced_in_texts(db: Database) -> None:
     results.commit_shard(db, lease, ShardResults([one_completion(db, job_id, "a\x00b\ud800")], [], []))
     [received] = results.completions(db, job_id=job_id)
     assert received.outcome.text == "a\ufffdb?"
+
+
+def test_scores_of_what_is_not_in_the_shard_are_refused(db: Database) -> None:
+    """PostgreSQL does not look up what a score refers to."""
+    planned_job(db, 2, policies=["full"])
+    lease = claimed(db)
+    made = results_of(db, lease)
+    stray = replace(made.scores[0], sample_id=99)
+    with pytest.raises(RecordError, match="scores of samples that are not its own"):
+        results.commit_shard(db, lease, replace(made, scores=[*made.scores, stray]))
+    results.commit_shard(db, lease, made)
+
+
+def test_a_summary_reads_no_texts(db: Database) -> None:
+    """Nor tokens: they would fill the memory of whoever finalises a big job."""
+    job_id = planned_job(db)
+    work(db)
+    asked: list[str] = []
+    event.listen(db._engine, "before_cursor_execute", lambda *given: asked.append(given[2]))
+    assert len(results.run_data(db, jobs.runs(db, job_id)[1].id).sample) == 11
+    assert any("outcome.n_tokens" in statement for statement in asked)
+    for column in ("outcome.text", "outcome.tokens", "outcome.token_ids", "sample.prompt", "sample.reference"):
+        assert not any(column in statement for statement in asked)

@@ -14,9 +14,10 @@ import faults
 import psutil
 import psycopg
 import pytest
-from faults import answer, assert_as_undisturbed, extents, planned, reaching, wait_for, work_off
+from faults import answer, assert_as_undisturbed, extents, planned, reaching, work_off
 from made import claimed
 from sqlalchemy import make_url
+from waiting import wait_for
 
 from db import jobs, results
 from db.errors import Unavailable

@@ -145,6 +145,7 @@ def _watched(engine: Engine, spec: PolicySpec) -> tuple[list[TokenRecords], Work
         return call
 
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(stack, "together", None)  # layer by layer, so that each can be watched
         patch.setattr(stack, "queries", counted("layers", queries, 1))
         patch.setattr(stack, "keys_values", counted("fills", keys_values, 1))
         patch.setattr(stack, "unembed", counted("unembedded", unembed, 0))

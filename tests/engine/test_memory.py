@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_models import CONFIGS, HIDDEN, VOCABULARY, random_model
 
 from engine.engine import Engine
@@ -19,6 +21,7 @@ from engine.memory import (
     budget,
     fitting_rows,
     footprint,
+    forget_pages,
     free_main_memory,
     free_memory,
     group_rooms,
@@ -34,6 +37,30 @@ footprints = st.builds(Footprint, weights=sizes, position=sizes, activations=siz
 rooms = st.integers(-(10**12), 10**12)
 positions = st.integers(1, 10**5)
 most = st.integers(0, 300)
+
+# --- files in memory -------------------------------------------------------------------------------------------------
+
+
+def test_forgotten_pages_of_a_weights_file_come_back(tmp_path: Path) -> None:
+    """Protects memory: weights that were joined to others are not held twice; and weights that lie in no file."""
+    weights = torch.arange(2**20, dtype=torch.float32)
+    save_file({"a": weights, "b": weights + 1}, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        a, b = file.get_tensor("a"), file.get_tensor("b")
+    assert torch.equal(a + 1, b)
+    before = _file_bytes()
+    forget_pages(a)
+    assert before - _file_bytes() > 0.9 * a.nbytes
+    assert torch.equal(a + 1, b)
+    forget_pages(weights)
+    assert torch.equal(weights, a)
+
+
+def _file_bytes() -> int:
+    """Of files in this process's memory."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssFile"))
+
 
 # --- how large a batch may be ----------------------------------------------------------------------------------------
 

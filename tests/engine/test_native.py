@@ -13,9 +13,12 @@ from tiny_models import random_prompts
 from torch import Tensor
 
 from engine import native, native_attention
+from engine.architectures.llama import LlamaStack
 from engine.attention import StepAttention
 from engine.engine import Engine
+from engine.loading import load_model, resolve_model
 from engine.native_attention import Attention
+from engine.native_layers import LlamaLayers
 from engine.spec import PolicySpec, policy
 
 
@@ -41,11 +44,13 @@ def test_norms_gates_and_rotations_are_pytorchs(tokens: int, width: int) -> None
 
 
 @pytest.mark.parametrize("tokens", range(1, 10))
-def test_products_of_any_number_of_tokens(tokens: int) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_of_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int, threads: int) -> None:
     """Protects the remainders: tokens that fill no four, outputs that fill no pair."""
+    monkeypatch.setattr(native, "get_num_threads", lambda: threads)
     for outputs, inputs in ((1, 1), (2, 9), (35, 64)):
         weight, states = _random(outputs, inputs), _random(tokens, inputs, seed=1)
-        torch.testing.assert_close(native.multiply(weight.numpy(), states), F.linear(states, weight))
+        torch.testing.assert_close(native.Product(weight)(states), F.linear(states, weight))
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -56,7 +61,7 @@ def test_attention_of_ragged_rows(
 ) -> None:
     """Protects attention over rows of any length and number of tokens, by each of its two loops."""
     monkeypatch.setattr(native_attention, "_WORTH_WAKING", 0)
-    monkeypatch.setattr(native_attention, "threads", lambda: 3 if together else 1)
+    monkeypatch.setattr(native_attention, "get_num_threads", lambda: 3 if together else 1)
     keys, values, q = _random(3, 2, 20, 10), _random(3, 2, 20, 10, seed=1), _random(6, 6, 10, seed=2)
     rows, starts, counts = [2, 0], [13, 0], [2, 4]
     visible = torch.full((3, 20), 9)
@@ -83,7 +88,7 @@ def test_what_is_no_number_stays_none(number: float) -> None:
     states, weight = _random(2, 9), torch.ones(9)
     states[1, 3] = number
     assert native.rms_norm(states, weight, 1e-5)[1].isnan().any()
-    assert not native.multiply(_random(4, 9).numpy(), states)[1].isfinite().any()
+    assert not native.Product(_random(4, 9))(states)[1].isfinite().any()
     assert not native.gate_silu(_random(1, 8).index_fill(1, torch.tensor([2]), number)).isfinite().all()
     keys = _random(1, 1, 4, 8)
     keys[0, 0, 1, 1] = number
@@ -94,50 +99,80 @@ def test_what_is_no_number_stays_none(number: float) -> None:
 
 POLICIES = [
     policy("full"),
+    policy("fixed", exit_layer=2, kv="copy"),
     policy("fixed", exit_layer=2, kv="recompute", max_debt=3),
     policy("fixed", exit_layer=2, kv="mask"),
     policy("confidence", threshold=0.02, kv="recompute", verify=True),
 ]
 
 
+def _written(engine: Engine, spec: PolicySpec) -> list[list[int]]:
+    start = engine.prefill(random_prompts(5, seed=4), 12)
+    done = engine.decode(start, spec, max_new_tokens=12, ends_with_line=False)
+    return [completion.token_ids for completion in done.completions]
+
+
 @pytest.mark.parametrize("spec", POLICIES, ids=lambda spec: f"{spec.kind} {spec.kv}")
-@pytest.mark.parametrize("kind", ["llama", "qwen2 window in every other layer"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2 window in every other layer", "qwen3"])
 def test_an_engine_without_them_writes_the_same(
     tiny_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kind: str, spec: PolicySpec
 ) -> None:
-    """Protects machines where numba finds no threads, narrow types and GPUs: PyTorch's way is the same way."""
+    """Protects GPUs, narrow types, and families without a loop of their own: whole layers, loops apart and PyTorch."""
     engine = tiny_engine(kind, head="tied")
+    assert engine.stack.together is not None
+    calls: dict[str, int] = {}
 
-    def tokens() -> list[list[int]]:
-        start = engine.prefill(random_prompts(5, seed=4), 12)
-        done = engine.decode(start, spec, max_new_tokens=12, ends_with_line=False)
-        return [completion.token_ids for completion in done.completions]
+    def count(owner: type, name: str) -> None:
+        plain = getattr(owner, name)
 
-    ours = tokens()
-    steps = []
-    monkeypatch.setattr(native, "usable", lambda: False)
-    monkeypatch.setattr(
-        StepAttention, "_flat", lambda self, mixed, flat=StepAttention._flat: steps.append(1) or flat(self, mixed)
-    )
-    assert tokens() == ours
-    assert steps
+        def counted(*given: object, **named: object) -> object:
+            calls[owner.__name__] = calls.get(owner.__name__, 0) + 1
+            return plain(*given, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(LlamaLayers, "_share")
+    count(Attention, "__call__")
+    count(StepAttention, "_flat")
+    ours = _written(engine, spec)
+    assert "LlamaLayers" in calls
+    calls.clear()
+    monkeypatch.setattr(engine.stack, "together", None)
+    assert _written(engine, spec) == ours
+    assert set(calls) == {"Attention"}
+    calls.clear()
+    monkeypatch.setattr(native, "fits", lambda tensor: False)
+    assert _written(engine, spec) == ours
+    assert set(calls) == {"StepAttention"}
+
+
+def test_a_class_of_its_own_runs_its_own_layers(tiny_folder: Callable[[str], Path]) -> None:
+    """Protects families of third parties: what they do otherwise in a layer is done, not what Llama does."""
+
+    class Other(LlamaStack):
+        def merge(self, layer: int, states: Tensor, attended: Tensor) -> Tensor:
+            return super().merge(layer, states, attended) * 0.5
+
+    facts = resolve_model(str(tiny_folder("llama")))
+    assert LlamaStack(load_model(facts)).together is not None
+    assert Other(load_model(facts)).together is None
 
 
 @pytest.mark.parametrize("cache", ["", "/proc/nowhere"])
-def test_loops_where_numba_has_no_threads_and_no_folder(cache: str, tmp_path: Path) -> None:
-    """Protects machines without libgomp, and those where nothing can be written: loops run alone."""
+def test_loops_where_threads_are_of_another_kind_and_there_is_no_folder(cache: str, tmp_path: Path) -> None:
+    """Protects machines where PyTorch has no OpenMP, and those where nothing can be written: loops run alone."""
     code = """
-import sys
-for layer in ("omppool", "tbbpool", "workqueue"):
-    sys.modules[f"numba.np.ufunc.{layer}"] = None
+from pathlib import Path
+read = Path.read_text
+Path.read_text = lambda path, **how: "" if str(path) == "/proc/self/maps" else read(path, **how)
 import torch
-from engine import native, native_attention
-native.use_threads(2)
-print(native.runs_together(), native.multiply(torch.ones(3, 4).numpy(), torch.ones(2, 4)).sum().item())
+from engine import native, openmp
+torch.set_num_threads(2)
+print(openmp.available(), native.Product(torch.ones(3, 4))(torch.ones(2, 4)).sum().item())
 """
     place = {"SHORTSTOP_CACHE": cache or str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | place, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["False", "24.0"]
-    assert any(tmp_path.glob("numba/*-alone/*")) == (not cache)
+    assert any(tmp_path.glob("numba/*/*")) == (not cache)
