@@ -20,7 +20,7 @@ from db.jobs import job as read_job_row
 from db.jobs import runs
 from db.records import CompletionRow, TokenBatch
 from db.rollups import rollup
-from db.session import open_database
+from db.session import Database, open_database
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +53,7 @@ def evaluate(
     jobs.validate(asked)  # before there is a job, or a database
     with closing(open_database(settings.database_url)) as db:
         job_id = jobs.submit(db, asked)
-        jobs.work(db, job_id, workers=settings.workers, inline=inline, lease_seconds=settings.lease_seconds)
+        _work(db, job_id, settings, inline)
         return build_report(db, job_id, decoder(db, job_id))
 
 
@@ -78,7 +78,7 @@ def add_policy(
     settings = _settings(database, workers)
     with closing(open_database(settings.database_url, create=False)) as db:
         adding.add_policy(db, _number(job), policy)
-        jobs.work(db, _number(job), workers=settings.workers, inline=inline, lease_seconds=settings.lease_seconds)
+        _work(db, _number(job), settings, inline)
         return build_report(db, _number(job), decoder(db, _number(job)))
 
 
@@ -137,6 +137,18 @@ def tokens(job: int | JobReport, *, database: str | None = None) -> "pa.RecordBa
         read_job_row(db, _number(job))
     schema = _token_schema()
     return pa.RecordBatchReader.from_batches(schema, _token_batches(url, _number(job), schema))
+
+
+def _work(db: Database, job_id: int, settings: Settings, inline: bool) -> None:
+    jobs.work(
+        db,
+        job_id,
+        workers=settings.workers,
+        inline=inline,
+        gpus_per_worker=settings.gpus_per_worker,
+        ray_address=settings.ray_address,
+        lease_seconds=settings.lease_seconds,
+    )
 
 
 def _settings(database: str | None = None, workers: int | None = None) -> Settings:

@@ -2,6 +2,7 @@
 
 ClusterError
 └── FleetError   no worker could be had, or they died one after the other; the job stays as it is
+    └── RayLost  Ray is gone, and its workers with it; another one can go on
 """
 
 
@@ -11,3 +12,7 @@ class ClusterError(Exception):
 
 class FleetError(ClusterError):
     """No worker could be had, or workers died one after the other. What is done is kept, and the job can be resumed."""
+
+
+class RayLost(FleetError):
+    """Ray is gone, and its workers with it. What is done is kept, and whoever connects to the next one goes on."""

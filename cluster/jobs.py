@@ -18,14 +18,13 @@ from typing import Any
 import structlog
 
 from cluster.prepare import Validation, cores, metric_versions, prepare, validate
+from cluster.preparing import prepare_next
 from cluster.ray_environment import set_up_ray
 from cluster.reaping import ALONE, take_back
 from cluster.spec import JobSpec
-from db import errors as record_errors
-from db import jobs, queue
-from db.errors import LeaseLost, Unavailable
+from db import jobs
+from db.errors import Unavailable
 from db.events import LOCAL
-from db.queue import Lease
 from db.records import JobState, Progress
 from db.session import Database
 from engine.errors import BadInput
@@ -34,11 +33,21 @@ from engine.loading import find_model, models
 from engine.spec import Spec
 from workers.benchmarks.catalogue import benchmarks
 from workers.benchmarks.spec import CatalogueBenchmark, DatasetBenchmark, JsonlBenchmark, SourceBenchmark
-from workers.holding import claim_patiently
 from workers.pinned import Pinned
-from workers.worker import IDLE_SECONDS, Worker
+from workers.worker import IDLE_SECONDS, Unfit, Worker
 
-__all__ = ["JobState", "Validation", "anchored", "cores", "prepare", "submit", "validate", "work"]
+__all__ = [
+    "JobState",
+    "Validation",
+    "anchored",
+    "cores",
+    "own_name",
+    "prepare",
+    "sigterm_interrupts",
+    "submit",
+    "validate",
+    "work",
+]
 
 log = structlog.get_logger()
 
@@ -77,6 +86,7 @@ def work(
     *,
     workers: int = 1,
     inline: bool = False,
+    gpus_per_worker: float = 1.0,
     ray_address: str | None = None,
     lease_seconds: float = 30,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -84,13 +94,14 @@ def work(
     """Prepare the job if nobody has, and work on it until it has ended. Returns the state it ended in.
 
     workers: processes that Ray keeps at work; inline: one worker in this process instead, without Ray. ray_address: a
-    running Ray cluster; a local one is started when absent. Ctrl-C and SIGTERM give all leases back and come out as
+    running Ray cluster; a local one is started when absent. gpus_per_worker: what each holds where the job's device is
+    a GPU; a share lets several use one, untimed. Ctrl-C and SIGTERM give all leases back and come out as
     `KeyboardInterrupt`; the job stays and can be worked on again. A paused job is waited for, and a log line says so.
-    Raises `BadInput` (of engine or db) found while
-    preparing, when the job has failed with the same sentence, and `FleetError` when workers keep dying.
+    Raises `BadInput` (of engine or db) found while preparing, when the job has failed with the same sentence, or of a
+    Ray that cannot be reached, and `FleetError` when workers keep dying or no machine can do the job.
     """
     pauses = _Pauses(db, job_id)
-    with _sigterm_interrupts():
+    with sigterm_interrupts():
         _see_prepared(db, job_id, 1 if inline else workers, lease_seconds, pauses)
     state = jobs.job(db, job_id).state
     if state.ended:
@@ -100,7 +111,7 @@ def work(
     if inline:
         _work_inline(db, job_id, lease_seconds, report)
     else:
-        _work_with_fleet(db, job_id, workers, ray_address, lease_seconds, report)
+        _work_with_fleet(db, job_id, workers, gpus_per_worker, ray_address, lease_seconds, report)
     report()
     return jobs.job(db, job_id).state
 
@@ -184,37 +195,19 @@ class _Pauses:
 
 def _see_prepared(db: Database, job_id: int, workers: int, lease_seconds: float, pauses: _Pauses) -> None:
     """Prepare the job, or wait for whoever does."""
-    name = _own_name()
+    name = own_name()
     while jobs.job(db, job_id).state is JobState.PREPARING:
-        lease = claim_patiently(db, name, kind="prepare", lease_seconds=lease_seconds, job_id=job_id)
-        if lease is not None:
-            _try_prepare(db, lease, workers)
-        else:
+        if not prepare_next(db, name, job_id, workers=workers, lease_seconds=lease_seconds):
             pauses.tell()
             take_back(db, name)
             time.sleep(IDLE_SECONDS)
-
-
-def _try_prepare(db: Database, lease: Lease, workers: int) -> None:
-    try:
-        prepare(db, lease, workers=workers)
-    except (BadInput, record_errors.BadInput):
-        raise
-    except LeaseLost as error:
-        log.warning("lease lost while preparing", job=lease.job_id, reason=str(error))
-    except KeyboardInterrupt:
-        queue.give_back(db, lease)
-        raise
-    except Exception as error:
-        log.error("preparing failed", job=lease.job_id, attempt=lease.attempt, exc_info=True)
-        queue.fail(db, lease, f"{type(error).__name__}: {error}")
 
 
 # --- working -------------------------------------------------------------------------------------------------
 
 
 def _work_inline(db: Database, job_id: int, lease_seconds: float, report: Callable[[], None]) -> None:
-    name = _own_name()
+    name = own_name()
 
     def idle() -> None:
         take_back(db, name)
@@ -229,37 +222,42 @@ def _work_inline(db: Database, job_id: int, lease_seconds: float, report: Callab
         after_shard=report,
         when_idle=idle,
     )
-    with _sigterm_interrupts():
-        worker.work(job_id)
+    with sigterm_interrupts():
+        try:
+            worker.work(job_id)
+        except Unfit as error:
+            raise BadInput(str(error)) from None
 
 
 def _work_with_fleet(
     db: Database,
     job_id: int,
     workers: int,
+    gpus_per_worker: float,
     ray_address: str | None,
     lease_seconds: float,
     report: Callable[[], None],
 ) -> None:
     set_up_ray(ray_address)
-    from cluster.fleet import Fleet
+    from cluster.fleet.supervisor import Fleet
 
-    pinned = _pinned(db, job_id)
     fleet = Fleet(
         db,
-        job_id,
+        [job_id],
         workers=workers,
-        threads=pinned.threads,
-        gpu=pinned.device == "cuda",
+        workers_a_node=workers,
+        gpus_per_worker=gpus_per_worker,
         ray_address=ray_address,
         lease_seconds=lease_seconds,
     )
-    with fleet, _sigterm_interrupts():  # in this order: Ray brings a handler of its own
+    with fleet, sigterm_interrupts():  # in this order: Ray brings a handler of its own
         fleet.run(report)
 
 
-def _own_name() -> str:
-    return f"{socket.gethostname()}{ALONE}{os.getpid()}-{secrets.token_hex(3)}"
+def own_name() -> str:
+    """Of a worker that is a process by itself, without a fleet that would notice its death."""
+    host = socket.gethostname()
+    return f"{host}{ALONE}{os.getpid()}-{secrets.token_hex(3)}@{host}"
 
 
 def _pinned(db: Database, job_id: int) -> Pinned:
@@ -267,7 +265,7 @@ def _pinned(db: Database, job_id: int) -> Pinned:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """SIGTERM as Ctrl-C: leases go back either way."""
     if threading.current_thread() is not threading.main_thread():
         yield

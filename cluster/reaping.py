@@ -14,17 +14,20 @@ log = structlog.get_logger()
 ALONE = "-alone-"
 
 
-def take_back(db: Database, fleet: str, *, gone: Collection[str] = (), refund: bool = False) -> None:
+def take_back(
+    db: Database, fleet: str, *, gone: Collection[str] = (), refund: bool = False, lost: Collection[str] = ()
+) -> None:
     """Make ready again what expired, and what the workers `gone` held.
 
     fleet: how the names of one's own workers begin. refund: the workers `gone` were lost to their node, or ended by us,
-    not by the work. An expired lease of another fleet's worker is refunded too: had the worker died by itself, its
-    fleet would have taken the lease back long ago, so the fleet must have gone with it.
+    not by the work. lost: workers that cannot be reached; had one died by itself, its node would have said so. An
+    expired lease of another fleet's worker is refunded too: had the worker died by itself, its fleet would have taken
+    the lease back long ago, so the fleet must have gone with it.
     """
     for task in patiently(lambda: queue.reap(db, dead_workers=gone)):
         log.warning("lease taken back", task=task.task_id, worker=task.worker, attempt=task.attempt)
         by_itself = task.worker.startswith(fleet) or ALONE in task.worker
-        if not by_itself or (refund and task.worker in gone):
+        if not by_itself or task.worker in lost or (refund and task.worker in gone):
             _refund(db, task)
 
 

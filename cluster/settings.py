@@ -31,6 +31,11 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(
         30, gt=5, description="after this long without a sign of life a worker's shard is given on"
     )
+    gpus_per_worker: float = Field(
+        1, gt=0, description="what a worker holds where a job's device is a GPU: 0.5 lets two share one, untimed"
+    )
+    ray_address: str | None = Field(None, min_length=1, description="of a running Ray cluster; absent: one of our own")
+    idle_seconds: float = Field(60, ge=0, description="how long a fleet keeps a worker that has nothing to do")
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
     @classmethod
@@ -46,9 +51,16 @@ class Settings(BaseSettings):
         return init_settings, env_settings, dotenv_settings, TomlConfigSettingsSource(settings_cls)
 
 
-def load_settings(*, database_url: str | None = None, workers: int | None = None) -> Settings:
+def load_settings(
+    *,
+    database_url: str | None = None,
+    workers: int | None = None,
+    ray_address: str | None = None,
+    gpus_per_worker: float | None = None,
+) -> Settings:
     """The settings that hold in this folder, with a command's own options on top. Raises `BadInput`."""
-    options = {"database_url": database_url, "workers": workers}
+    options: dict[str, object] = {"database_url": database_url, "workers": workers}
+    options |= {"ray_address": ray_address, "gpus_per_worker": gpus_per_worker}
     given = {name: value for name, value in options.items() if value is not None}
     _check_file()
     try:

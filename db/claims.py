@@ -1,7 +1,8 @@
 """Claims: whose turn it is, and which task comes next."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import (
     Connection,
@@ -15,6 +16,7 @@ from sqlalchemy import (
     func,
     insert,
     literal_column,
+    or_,
     select,
     true,
     update,
@@ -62,14 +64,14 @@ class Lease:
     worker: str = ""  #: who holds it
 
 
-def _claim(dialect: str, *, of_job: bool) -> ReturningUpdate[Any]:
-    """Built once: building takes longer than running. Parameters: of_kind, by_worker, for_seconds (and one_job).
+def _claim(dialect: str, among: "Among") -> ReturningUpdate[Any]:
+    """Built once: building takes longer than running. Parameters: of_kind, by_worker, for_seconds (and of_jobs).
 
     What it costs depends on how many jobs are open and how many tasks leased, not on how many are ready.
     """
-    turns = _turn_of_one() if of_job else _turns()
+    turns = _TURNS[among]()
     next_task = select(task.c.id).where(READY, task.c.kind == bindparam("of_kind"), task.c.run_after <= now())
-    next_task = next_task.order_by(task.c.run_after, task.c.id).limit(_ONE)
+    next_task = next_task.order_by(task.c.run_after, task.c.cost.desc(), task.c.id).limit(_ONE)
     if dialect == "postgresql":
         # Job after job in the order of `turns`, until one has a task that nobody is just taking. No ORDER BY out here:
         # it could be met by locking a task of every job and sorting them.
@@ -105,15 +107,18 @@ def _turns() -> Select[Any]:
 
 
 def _turn_of_one() -> Select[Any]:
-    return select(job.c.id).where(CLAIMABLE, job.c.id == bindparam("one_job"))
+    return select(job.c.id).where(CLAIMABLE, job.c.id == bindparam("of_jobs"))
 
 
-#: by dialect, and whether one job is asked for
-_CLAIM = {
-    (dialect, of_job): _claim(dialect, of_job=of_job)
-    for dialect in ("sqlite", "postgresql")
-    for of_job in (False, True)
-}
+def _turns_of_some() -> Select[Any]:
+    return _turns().where(job.c.id.in_(bindparam("of_jobs", expanding=True)))
+
+
+#: of which jobs a task may be
+Among = Literal["all", "some", "one"]
+_TURNS = {"all": _turns, "some": _turns_of_some, "one": _turn_of_one}
+_AMONG: tuple[Among, ...] = ("all", "some", "one")
+_CLAIM = {(dialect, among): _claim(dialect, among) for dialect in ("sqlite", "postgresql") for among in _AMONG}
 
 
 def claim(
@@ -122,30 +127,47 @@ def claim(
     *,
     kind: str,
     lease_seconds: float = 30,
-    job_id: int | None = None,
+    job_id: int | Collection[int] | None = None,
     again: bool = False,
 ) -> Lease | None:
     """Take the next ready task of this kind; None when there is none.
 
-    Of the jobs that are open, not paused and have such a task the one of the highest priority comes first, then the one
-    with the fewest leased tasks, then the oldest; within a job the oldest task, but those that failed after the others.
+    job_id: one job, or those that come into question; any where it is absent. Of the jobs that are open, not paused and
+    have such a task the one of the highest priority comes first, then the one with the fewest leased tasks, then the
+    oldest; within a job the task of the greatest cost, then the oldest, but those that failed after the others.
     again: the answer to this worker's last claim was lost, and it holds nothing that it knows of; what that claim took
     is taken up, or it would count as a death. Raises `OlderSchema`, `NewerSchema`.
     """
-    asked: dict[str, Any] = {"of_kind": kind, "by_worker": worker, "for_seconds": lease_seconds}
-    if job_id is not None:
-        asked["one_job"] = job_id
     with db.write() as connection:
-        schema.hold(connection)
-        if again and (taken := _taken_before(connection, worker, kind, lease_seconds)) is not None:
-            return taken
-        row = connection.execute(_CLAIM[db.dialect, job_id is not None], asked).mappings().one_or_none()
-        if row is None:
-            _remember_idle(connection, worker)
-            return None
-        if kind == "shard" and row["job_state"] == JobState.READY:
-            _start(connection, row)
-        return _lease(row, lease_seconds)
+        return take(connection, worker, kind=kind, lease_seconds=lease_seconds, job_id=job_id, again=again)
+
+
+def take(
+    connection: Connection,
+    worker: str,
+    *,
+    kind: str,
+    lease_seconds: float,
+    job_id: int | Collection[int] | None = None,
+    again: bool = False,
+) -> Lease | None:
+    """As `claim`, inside the caller's transaction."""
+    asked: dict[str, Any] = {"of_kind": kind, "by_worker": worker, "for_seconds": lease_seconds}
+    job_ids = [job_id] if isinstance(job_id, int) else None if job_id is None else sorted(job_id)
+    among: Among = "all" if job_ids is None else "one" if len(job_ids) == 1 else "some"
+    if job_ids is not None:
+        asked["of_jobs"] = job_ids[0] if among == "one" else job_ids
+    schema.hold(connection)
+    if again and (taken := _taken_before(connection, worker, kind, lease_seconds)) is not None:
+        return taken
+    row = connection.execute(_CLAIM[connection.dialect.name, among], asked).mappings().one_or_none()
+    if row is None:
+        if kind == "shard":
+            _remember_idle(connection, worker, job_ids)
+        return None
+    if kind == "shard" and row["job_state"] == JobState.READY:
+        _start(connection, row)
+    return _lease(row, lease_seconds)
 
 
 def _taken_before(connection: Connection, worker: str, kind: str, lease_seconds: float) -> Lease | None:
@@ -172,9 +194,9 @@ def _start(connection: Connection, row: RowMapping) -> None:
         events.record(connection, row["job_id"], row["worker"], What.STARTED)
 
 
-def _remember_idle(connection: Connection, worker: str) -> None:
+def _remember_idle(connection: Connection, worker: str, job_ids: list[int] | None) -> None:
     connection.execute(delete(idle_worker).where(idle_worker.c.worker == worker))
-    connection.execute(insert(idle_worker).values(worker=worker, asked_at=now()))
+    connection.execute(insert(idle_worker).values(worker=worker, asked_at=now(), job_ids=job_ids))
 
 
 def forget_idle(connection: Connection) -> None:
@@ -184,18 +206,46 @@ def forget_idle(connection: Connection) -> None:
     connection.execute(delete(idle_worker).where(idle_worker.c.worker.in_(gone)))
 
 
-def hungry(connection: Connection, lease: Lease, worker: str) -> bool:
-    """Whether another worker, which holds nothing, asked in vain a moment ago and nothing is ready.
+def hungry(connection: Connection, lease: Lease, worker: str) -> int:
+    """How many other workers, which hold nothing, asked in vain a moment ago for what this lease may leave.
 
-    The shards of a paused job are not: nobody may claim them, nor what a split of this job would leave.
+    Nobody waits for it who would take a shard of another job that is ready, nor while the job is paused. Of several
+    holders those that have most left are told, one for each that waits, so that a shard is not cut for nobody.
     """
+    waiting = _waiting(connection, lease.job_id, worker)
+    if not waiting or not _claimable(connection, lease.job_id):
+        return 0
+    ready = _ready_jobs(connection)
+    fed = sum(1 for job_ids in waiting if (ready if job_ids is None else ready & set(job_ids)))
+    unfed = len(waiting) - fed
+    return unfed if unfed > _ahead(connection, lease) else 0
+
+
+def _waiting(connection: Connection, job_id: int, worker: str) -> list[list[int] | None]:
+    """Of each idle worker that would take a shard of the job, the jobs of which it would take one."""
     busy = exists().where(LEASED, task.c.worker == idle_worker.c.worker)
-    waiting = exists().where(idle_worker.c.worker != worker, idle_worker.c.asked_at > now() - IDLE_SECONDS, ~busy)
+    recent = idle_worker.c.asked_at > now() - IDLE_SECONDS
+    rows = connection.execute(select(idle_worker.c.job_ids).where(idle_worker.c.worker != worker, recent, ~busy))
+    return [job_ids for job_ids in rows.scalars() if job_ids is None or job_id in job_ids]
+
+
+def _claimable(connection: Connection, job_id: int) -> bool:
+    return connection.execute(select(job.c.id).where(job.c.id == job_id, CLAIMABLE)).first() is not None
+
+
+def _ready_jobs(connection: Connection) -> set[int]:
+    """Those of which a shard can be claimed."""
     shard = exists().where(READY, task.c.kind == "shard", task.c.job_id == job.c.id)
-    asked = and_(
-        waiting, exists().where(job.c.id == lease.job_id, CLAIMABLE), ~exists().where(CLAIMABLE, shard.correlate(job))
-    )
-    return bool(connection.execute(select(asked)).scalar_one())
+    return set(connection.execute(select(job.c.id).where(CLAIMABLE, shard.correlate(job))).scalars())
+
+
+def _ahead(connection: Connection, lease: Lease) -> int:
+    """How many other leased shards of the job have more left to split than this one."""
+    left = task.c.end_batch - task.c.first_batch - task.c.done_batches
+    of_mine = select(left).where(task.c.id == lease.task_id).scalar_subquery()
+    more = or_(left > of_mine, and_(left == of_mine, task.c.id < lease.task_id))
+    others = select(func.count()).where(LEASED, task.c.job_id == lease.job_id, task.c.kind == "shard", more)
+    return int(connection.execute(others).scalar_one())
 
 
 def _lease(row: RowMapping, lease_seconds: float) -> Lease:

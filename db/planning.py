@@ -1,11 +1,11 @@
 """Planning: what a prepare task resolved becomes samples, runs and shards; and so does a policy that is added."""
 
-from collections.abc import Sequence
-from itertools import product
-from math import ceil
+from collections.abc import Collection, Sequence
+from itertools import accumulate, product
+from statistics import median
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, func, insert, select, update
 
 from db import events, schema
 from db.clock import now
@@ -15,6 +15,11 @@ from db.queue import NEW_TASK, Lease, complete, storable
 from db.records import JobState, PlannedBenchmark, PlannedPolicy
 from db.session import Database
 from db.tables import artifact, benchmark, benchmark_name, insert_new, job, run, sample, task
+
+#: what a decoded token costs, in characters of prompt: prefill takes about six tokens in that time, of four characters
+DECODED_COST = 24
+#: a shard that costs more than so many ordinary ones is cut, as far as there are whole batches
+MOST_COST = 2
 
 _SAMPLE_FIELDS = ("name", "prompt", "reference", "language", "source_group")
 
@@ -45,10 +50,12 @@ def plan_job(
         _add_runs(connection, lease.job_id, benchmarks, ids, policies)
         ready = update(job).where(job.c.id == lease.job_id).values(state=JobState.READY, pinned=pinned)
         priority = connection.execute(ready.returning(job.c.priority)).scalar_one()
+        decoded = pinned.get("max_new_tokens", 0) * len(policies)
+        costs = {}
         for planned in benchmarks:
-            n_batches = ceil(len(planned.samples) / pinned["batch_size"])
-            benchmark_id = ids[planned.content_hash]
-            _add_shards(connection, lease.job_id, priority, n_batches, pinned["shard_batches"], benchmark_id)
+            prompts = [len(fields[1]) for fields in planned.samples]
+            costs[ids[planned.content_hash]] = batch_costs(prompts, pinned["batch_size"], decoded)
+        _add_shards(connection, lease.job_id, priority, costs, pinned["shard_batches"])
         events.record(connection, lease.job_id, lease.worker, What.PLANNED)
 
 
@@ -68,11 +75,10 @@ def add_policy(db: Database, job_id: int, policy: PlannedPolicy, *, who: str = L
         runs = connection.execute(select(run).where(run.c.job_id == job_id).order_by(run.c.position)).all()
         if policy.label in {one.policy for one in runs}:
             raise BadInput(f"policies: job {job_id} has {policy.label!r} already; give the new one another name.")
-        shards: list[int] = []
         for place, benchmark_id in enumerate(dict.fromkeys(one.benchmark_id for one in runs)):
             of_benchmark = [one for one in runs if one.benchmark_id == benchmark_id]
             _add_run(connection, of_benchmark, place, policy)
-            shards += _add_shards_again(connection, found, benchmark_id)
+        shards = _add_shards_again(connection, found, {one.benchmark_id for one in runs})
         spec = found.spec | {"policies": [*found.spec.get("policies", []), policy.spec]}
         again = {"state": JobState.RUNNING, "finished_at": None, "paused": False, "spec": spec}
         connection.execute(update(job).where(job.c.id == job_id).values(again))
@@ -95,12 +101,24 @@ def _add_run(connection: Connection, earlier: Sequence[Row[Any]], place: int, po
     connection.execute(insert(run).values(row))
 
 
-def _add_shards_again(connection: Connection, of_job: Row[Any], benchmark_id: int) -> Sequence[int]:
-    """Shards over the whole benchmark, cut where the job's first ones were. Returns their ids."""
-    size = select(benchmark.c.n_samples).where(benchmark.c.id == benchmark_id)
-    n_batches = ceil(connection.execute(size).scalar_one() / of_job.pinned["batch_size"])
-    cut = of_job.pinned["shard_batches"]
-    return _add_shards(connection, of_job.id, of_job.priority, n_batches, cut, benchmark_id)
+def _add_shards_again(connection: Connection, of_job: Row[Any], benchmark_ids: Collection[int]) -> Sequence[int]:
+    """Shards over the whole of each benchmark. Returns their ids."""
+    decoded = of_job.pinned.get("max_new_tokens", 0)
+    costs = {}
+    for benchmark_id in sorted(benchmark_ids):
+        lengths = select(func.length(sample.c.prompt)).where(sample.c.benchmark_id == benchmark_id)
+        prompts = connection.execute(lengths.order_by(sample.c.position)).scalars().all()
+        costs[benchmark_id] = batch_costs(prompts, of_job.pinned["batch_size"], decoded)
+    return _add_shards(connection, of_job.id, of_job.priority, costs, of_job.pinned["shard_batches"])
+
+
+def batch_costs(prompts: Sequence[int], batch_size: int, decoded: int) -> list[int]:
+    """What each batch is estimated to cost, in characters of prompt.
+
+    prompts: characters of each; a batch is as long as its longest. decoded: tokens a row that all policies may write.
+    """
+    batches = (prompts[first : first + batch_size] for first in range(0, len(prompts), batch_size))
+    return [len(batch) * (max(batch) + DECODED_COST * decoded) for batch in batches]
 
 
 def _check(benchmarks: Sequence[PlannedBenchmark], policies: Sequence[PlannedPolicy]) -> None:
@@ -192,11 +210,28 @@ def _add_runs(
 
 
 def _add_shards(
-    connection: Connection, job_id: int, priority: int, n_batches: int, shard_batches: int, benchmark_id: int
+    connection: Connection, job_id: int, priority: int, costs: dict[int, list[int]], shard_batches: int
 ) -> Sequence[int]:
-    shard = NEW_TASK | {"job_id": job_id, "kind": "shard", "priority": priority, "benchmark_id": benchmark_id}
-    shards = [
-        shard | {"first_batch": first, "end_batch": min(first + shard_batches, n_batches)}
-        for first in range(0, n_batches, shard_batches)
+    """costs: of every batch, by benchmark. Returns their ids."""
+    sums = {benchmark_id: [0, *accumulate(of_batches)] for benchmark_id, of_batches in costs.items()}
+    extents = [
+        (benchmark_id, first, min(first + shard_batches, len(of_batches)))
+        for benchmark_id, of_batches in costs.items()
+        for first in range(0, len(of_batches), shard_batches)
     ]
-    return connection.execute(insert(task).returning(task.c.id), shards).scalars().all()
+    most = MOST_COST * median(sums[one][end] - sums[one][first] for one, first, end in extents)
+    shard = NEW_TASK | {"job_id": job_id, "kind": "shard", "priority": priority}
+    rows = [
+        shard | {"benchmark_id": one, "first_batch": a, "end_batch": b, "cost": sums[one][b] - sums[one][a]}
+        for one, first, end in extents
+        for a, b in _cut(sums[one], first, end, most)
+    ]
+    return connection.execute(insert(task).returning(task.c.id), rows).scalars().all()
+
+
+def _cut(sums: list[int], first: int, end: int, most: float) -> list[tuple[int, int]]:
+    """The extent in halves of halves, none of which costs more than `most` unless it is one batch."""
+    if end - first == 1 or sums[end] - sums[first] <= most:
+        return [(first, end)]
+    middle = (first + end) // 2
+    return [*_cut(sums, first, middle, most), *_cut(sums, middle, end, most)]

@@ -3,13 +3,14 @@
 import random
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, Update, and_, insert, or_, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from db import events, schema
-from db.claims import LEASED, Lease, claim, forget_idle, hungry
+from db.claims import LEASED, Lease, claim, forget_idle, hungry, take
 from db.clock import now
 from db.errors import BadInput, LeaseLost
 from db.events import What
@@ -39,6 +40,7 @@ __all__ = [
     "reopen_job",
     "split",
     "storable",
+    "take",
 ]
 
 MAX_ATTEMPTS = 4
@@ -57,6 +59,7 @@ NEW_TASK: dict[str, Any] = {
     "first_batch": 0,
     "end_batch": 0,
     "done_batches": 0,
+    "cost": 0,
     "deaths": 0,
     "guilty": [],
 }
@@ -65,7 +68,7 @@ NEW_TASK: dict[str, Any] = {
 @dataclass(frozen=True)
 class Renewal:
     cancelled: bool  #: the job is over: drop the work
-    hungry: bool  #: no shard is ready and another worker waits: split what is left after this batch
+    hungry: int = 0  #: workers that wait for what is left of this shard: split it after this batch
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def renew(db: Database, lease: Lease, done_batches: int, *, alone: int | None = 
     with db.write() as connection:
         row = connection.execute(extend).one_or_none()
         if row is not None:
-            return Renewal(cancelled=False, hungry=lease.kind == "shard" and hungry(connection, lease, row.worker))
+            waiting = hungry(connection, lease, row.worker) if lease.kind == "shard" else 0
+            return Renewal(cancelled=False, hungry=waiting)
         return _not_renewed(connection, lease)
 
 
@@ -107,9 +111,9 @@ def _not_renewed(connection: Connection, lease: Lease) -> Renewal:
     if row is None or row.worker != lease.worker:  # pruned, and on SQLite perhaps another's by now
         raise _lost(lease)
     if row.state == TaskState.CANCELLED:
-        return Renewal(cancelled=True, hungry=False)
+        return Renewal(cancelled=True)
     if row.epoch == lease.epoch and row.state in (TaskState.LEASED, TaskState.DONE, TaskState.SPLIT):
-        return Renewal(cancelled=False, hungry=False)
+        return Renewal(cancelled=False)
     raise _lost(lease)
 
 
@@ -156,12 +160,13 @@ def back_off_seconds(attempt: int) -> float:
     return min(2.0**attempt * random.uniform(0.5, 1.5), MOST_BACK_OFF_SECONDS)
 
 
-def split(connection: Connection, lease: Lease, at_batch: int) -> Lease | None:
+def split(connection: Connection, lease: Lease, at_batch: int, pieces: int = 1) -> Lease | None:
     """Cut the shard at `at_batch`: the one primitive that changes an extent; a fence like `complete`.
 
     The parent becomes `split`; a `done` child takes `[first_batch, at_batch)`, whose results the same transaction
-    writes; a `ready` child the rest. Returns the done child, or None where this very split was made before. Raises
-    `LeaseLost`, and `BadInput` where the cut is not inside.
+    writes; a `ready` child the rest, or as many of them as there are `pieces`, each of a batch at least. Returns the
+    done child, or None where this very split was made before. Raises `LeaseLost`, and `BadInput` where the cut is not
+    inside.
     """
     if not lease.first_batch < at_batch < lease.end_batch:
         raise BadInput(
@@ -173,19 +178,30 @@ def split(connection: Connection, lease: Lease, at_batch: int) -> Lease | None:
         return None
     child = NEW_TASK | {name: parent[name] for name in ("job_id", "kind", "priority", "benchmark_id", "guilty")}
     child |= {"parent_id": parent["id"]}
-    rest = child | {"first_batch": at_batch, "end_batch": lease.end_batch}
+    rest = [child | extent for extent in _rest(parent, at_batch, pieces)]
     finished = child | {
         "state": TaskState.DONE,
         "first_batch": lease.first_batch,
         "end_batch": at_batch,
         "done_batches": at_batch - lease.first_batch,
+        "cost": parent["cost"] - sum(part["cost"] for part in rest),
         "epoch": lease.epoch,
         "attempt": lease.attempt,
         "worker": parent["worker"],
     }
-    connection.execute(insert(task).values(rest))
+    connection.execute(insert(task), rest)
     done_id = connection.execute(insert(task).values(finished).returning(task.c.id)).scalar_one()
     return replace(lease, task_id=done_id, end_batch=at_batch)
+
+
+def _rest(parent: RowMapping, at_batch: int, pieces: int) -> list[dict[str, int]]:
+    """What is left from a batch on, in parts as equal as whole batches allow; each with its share of the cost."""
+    first, end = parent["first_batch"], parent["end_batch"]
+    pieces = max(1, min(pieces, end - at_batch))
+    cuts = [at_batch + (end - at_batch) * place // pieces for place in range(pieces + 1)]
+    return [
+        {"first_batch": a, "end_batch": b, "cost": parent["cost"] * (b - a) // (end - first)} for a, b in pairwise(cuts)
+    ]
 
 
 def reap(db: Database, *, dead_workers: Iterable[str] = ()) -> list[Reaped]:

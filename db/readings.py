@@ -27,11 +27,16 @@ _SAMPLE = [sample.c[name] for name in SampleRow.__dataclass_fields__]
 
 def samples_of(db: Database, benchmark_id: int, first: int, end: int) -> list[SampleRow]:
     """Samples at positions `[first, end)` of the benchmark, in order."""
+    with db.read() as connection:
+        return read_samples(connection, benchmark_id, first, end)
+
+
+def read_samples(connection: Connection, benchmark_id: int, first: int, end: int) -> list[SampleRow]:
+    """As `samples_of`, inside the caller's transaction."""
     chosen = select(*_SAMPLE).where(
         sample.c.benchmark_id == benchmark_id, sample.c.position >= first, sample.c.position < end
     )
-    with db.read() as connection:
-        return [SampleRow(*row) for row in connection.execute(chosen.order_by(sample.c.position))]
+    return [SampleRow(*row) for row in connection.execute(chosen.order_by(sample.c.position))]
 
 
 def completions(

@@ -179,6 +179,19 @@ class RunRow:
 
 
 @dataclass(frozen=True)
+class OpenJob:
+    """A job that has not ended and is not paused, and what there is to do for it."""
+
+    id: int
+    priority: int
+    state: JobState
+    spec: dict[str, Any]
+    pinned: dict[str, Any] | None
+    ready: int  #: tasks that may be claimed now or after their pause
+    leased: int
+
+
+@dataclass(frozen=True)
 class BenchmarkRow:
     """A benchmark's content, shared by every job that asks for the same content hash."""
 

@@ -1,6 +1,7 @@
 """Results: what a shard leaves behind, and how a job ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -12,26 +13,81 @@ from db.errors import RecordError
 from db.events import What
 from db.jobs import has_open_tasks, last_error, runs_of
 from db.queue import Lease
-from db.readings import completions, run_data, samples_of, tokens
-from db.records import JobState, RunData, RunRow, ShardResults, TaskState
+from db.readings import completions, read_samples, run_data, samples_of, tokens
+from db.records import BenchmarkRow, JobState, RunData, RunRow, SampleRow, ShardResults, TaskState
 from db.rollups import insert_rollups, of_results
 from db.score_rows import scores_sent
 from db.session import Database
-from db.tables import job, outcome, run, sample, task, timing
+from db.tables import benchmark, job, outcome, run, sample, task, timing
 from db.token_columns import insert_outcomes
 
-__all__ = ["commit_shard", "completions", "finalise", "run_data", "runs_of_shard", "samples_of", "tokens"]
+__all__ = [
+    "ClaimedShard",
+    "claim_shard",
+    "commit_shard",
+    "completions",
+    "finalise",
+    "run_data",
+    "runs_of_shard",
+    "samples_of",
+    "tokens",
+]
 
 
-def commit_shard(db: Database, lease: Lease, results: ShardResults, *, split_at: int | None = None) -> None:
+@dataclass(frozen=True)
+class ClaimedShard:
+    """A shard in hand, and all that the record knows which its evaluation needs."""
+
+    lease: Lease
+    pinned: dict[str, Any]  #: of its job
+    benchmark: BenchmarkRow
+    runs: list[RunRow]  #: that it computes: see `runs_of_shard`
+    done_runs: list[RunRow]  #: the others on its benchmark
+    samples: list[SampleRow]  #: in the benchmark's order
+
+
+def claim_shard(
+    db: Database,
+    worker: str,
+    *,
+    lease_seconds: float = 30,
+    job_id: int | Collection[int] | None = None,
+    again: bool = False,
+) -> ClaimedShard | None:
+    """As `queue.claim` of a shard, together with what it consists of, in one transaction."""
+    with db.write() as connection:
+        lease = queue.take(connection, worker, kind="shard", lease_seconds=lease_seconds, job_id=job_id, again=again)
+        return None if lease is None else _claimed(connection, lease)
+
+
+def _claimed(connection: Connection, lease: Lease) -> ClaimedShard:
+    pinned = connection.execute(select(job.c.pinned).where(job.c.id == lease.job_id)).scalar_one()
+    content = connection.execute(select(benchmark).where(benchmark.c.id == lease.benchmark_id)).one()
+    lacking = set(connection.execute(select(run.c.id).where(*_lacking(lease, pinned["batch_size"]))).scalars())
+    on_benchmark = [one for one in runs_of(connection, lease.job_id) if one.benchmark_id == lease.benchmark_id]
+    size = pinned["batch_size"]
+    return ClaimedShard(
+        lease=lease,
+        pinned=pinned,
+        benchmark=BenchmarkRow(**content._asdict() | {"left_out": tuple(content.left_out)}),
+        runs=[one for one in on_benchmark if one.id in lacking],
+        done_runs=[one for one in on_benchmark if one.id not in lacking],
+        samples=read_samples(connection, content.id, lease.first_batch * size, lease.end_batch * size),
+    )
+
+
+def commit_shard(
+    db: Database, lease: Lease, results: ShardResults, *, split_at: int | None = None, pieces: int = 1
+) -> None:
     """Complete a shard together with its results, in one transaction.
 
     results must hold exactly one outcome for every sample of the shard under each of its runs, see `runs_of_shard`
     (`RecordError` otherwise). split_at: only batches before this one are finished and in `results`; the rest becomes
-    a ready shard (`db.queue.split`). Safe to repeat after `Unavailable`. Raises `LeaseLost`: nothing was written.
+    a ready shard, or as many as there are `pieces` (`db.queue.split`). Safe to repeat after `Unavailable`. Raises
+    `LeaseLost`: nothing was written.
     """
     with db.write() as connection:
-        done = _fence(connection, lease, split_at)
+        done = _fence(connection, lease, split_at, pieces)
         if done is None:
             return
         revisions = _check_complete(connection, done, results)
@@ -43,11 +99,11 @@ def commit_shard(db: Database, lease: Lease, results: ShardResults, *, split_at:
         insert_rollups(connection, done.task_id, sums)
 
 
-def _fence(connection: Connection, lease: Lease, split_at: int | None) -> Lease | None:
+def _fence(connection: Connection, lease: Lease, split_at: int | None, pieces: int) -> Lease | None:
     """The shard that this transaction makes done; None where it was done before."""
     if split_at is None or split_at == lease.end_batch:
         return lease if queue.complete(connection, lease) else None
-    return queue.split(connection, lease, split_at)
+    return queue.split(connection, lease, split_at, pieces)
 
 
 def runs_of_shard(db: Database, lease: Lease) -> list[RunRow]:

@@ -41,11 +41,12 @@ _POSTGRESQL_FULL = "53100"
 class Database:
     """An open record. Safe to share among threads, not among processes: each process opens its own."""
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, *, patient: bool = False) -> None:
+        """patient: see `open_database`."""
         self.url = url.render_as_string(hide_password=False)
         self.dialect = url.get_backend_name()  #: "sqlite" or "postgresql"
         self.shown = url.render_as_string(hide_password=True)  #: for messages
-        self._engine = _engine(url)
+        self._engine = _engine(url, patient)
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -58,6 +59,14 @@ class Database:
         """A read transaction. Raises `Unavailable`."""
         with self._transaction("BEGIN") as connection:
             yield connection
+
+    def lasting_connection(self) -> Connection:
+        """A connection without a transaction, for what PostgreSQL ties to one. Invalidate and close it at the end.
+
+        Raises `Unavailable`.
+        """
+        with self._translated():
+            return self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
 
     def close(self) -> None:
         self._engine.dispose()
@@ -78,13 +87,14 @@ class Database:
             raise explained(error, self.shown) from error
 
 
-def open_database(url: str, *, create: bool = True) -> Database:
+def open_database(url: str, *, create: bool = True, patient: bool = False) -> Database:
     """Open the record at `sqlite:///file` or `postgresql+psycopg://...`.
 
-    A fresh database gets its tables (create=False: is refused). Raises `BadInput` for a URL, folder or file that cannot
-    be used, `OlderSchema`, `NewerSchema`, `Unavailable`.
+    A fresh database gets its tables (create=False: is refused). patient: the caller repeats what was `Unavailable`, so
+    no connection is asked before each use whether it lives, which costs a round trip. Raises `BadInput` for a URL, a
+    folder or a file that cannot be used, `OlderSchema`, `NewerSchema`, `Unavailable`.
     """
-    database = _connect(url, create=create)
+    database = _connect(url, create=create, patient=patient)
     try:
         with database.read() as connection:
             known = schema.check(connection, database.shown)
@@ -116,7 +126,7 @@ def _migrate(database: Database, *, only_fresh: bool) -> tuple[str | None, str]:
         return schema.migrate(connection, database.shown)
 
 
-def _connect(url: str, *, create: bool) -> Database:
+def _connect(url: str, *, create: bool, patient: bool = False) -> Database:
     """Open without looking at the schema."""
     try:
         parsed = make_url(url)
@@ -130,7 +140,7 @@ def _connect(url: str, *, create: bool) -> Database:
     elif parsed.drivername != "postgresql+psycopg":
         parsed = parsed.set(drivername="postgresql+psycopg")
     try:
-        return Database(parsed)
+        return Database(parsed, patient=patient)
     except ImportError:
         raise BadInput(f"database {url!r} needs the package psycopg; install shortstop[postgres].") from None
 
@@ -177,13 +187,13 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
         time.sleep(0.01)
 
 
-def _engine(url: URL) -> Engine:
+def _engine(url: URL, patient: bool) -> Engine:
     strict_json = partial(json.dumps, allow_nan=False)  # PostgreSQL has no NaN in JSON; SQLite shall not either
     if url.get_backend_name() == "postgresql":
         engine = create_engine(
             url,
             json_serializer=strict_json,
-            pool_pre_ping=True,
+            pool_pre_ping=not patient,
             connect_args={"connect_timeout": 10, "application_name": "shortstop"} | _KEEPALIVES,
         )
         event.listen(engine, "connect", _set_up_postgresql)

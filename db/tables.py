@@ -167,6 +167,7 @@ task = Table(
     Column("first_batch", Integer, nullable=False),
     Column("end_batch", Integer, nullable=False),
     Column("done_batches", Integer, nullable=False),
+    Column("cost", BigInteger, nullable=False, server_default="0"),
     _refers("parent_id", "task.id", nullable=True),
     # of a suspect
     Column("deaths", Integer, nullable=False),
@@ -183,18 +184,20 @@ Index(
     task.c.job_id,
     task.c.kind,
     task.c.run_after,
+    task.c.cost.desc(),
     task.c.id,
     sqlite_where=_READY,
     postgresql_where=_READY,
 )
 Index("ix_task_leased", task.c.lease_until, sqlite_where=_LEASED, postgresql_where=_LEASED)
 
-#: workers that asked for a shard in vain, and when
+#: workers that asked for a shard in vain, when, and of which jobs they would have taken one (NULL: of any)
 idle_worker = Table(
     "idle_worker",
     metadata,
     Column("worker", Text, primary_key=True),
     Column("asked_at", Double, nullable=False),
+    Column("job_ids", JSON(none_as_null=True)),
 )
 
 outcome = Table(

@@ -2,12 +2,13 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
-from db import queue
+from db import queue, results
 from db.errors import LeaseLost, Unavailable
 from db.queue import Lease
+from db.results import ClaimedShard
 from db.session import Database
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ def patiently(act: Callable[[], T], *, seconds: float = PATIENCE_SECONDS) -> T:
 
 
 def claim_patiently(
-    db: Database, worker: str, *, kind: str, lease_seconds: float, job_id: int | None = None
+    db: Database, worker: str, *, kind: str, lease_seconds: float, job_id: int | Collection[int] | None = None
 ) -> Lease | None:
     """`queue.claim` by a worker that holds nothing. A claim whose answer was lost is taken up by the next."""
     asked = 0
@@ -39,6 +40,20 @@ def claim_patiently(
         nonlocal asked
         asked += 1
         return queue.claim(db, worker, kind=kind, lease_seconds=lease_seconds, job_id=job_id, again=asked > 1)
+
+    return patiently(ask)
+
+
+def claim_shard_patiently(
+    db: Database, worker: str, *, lease_seconds: float, job_id: int | Collection[int]
+) -> ClaimedShard | None:
+    """`results.claim_shard`, as `claim_patiently`."""
+    asked = 0
+
+    def ask() -> ClaimedShard | None:
+        nonlocal asked
+        asked += 1
+        return results.claim_shard(db, worker, lease_seconds=lease_seconds, job_id=job_id, again=asked > 1)
 
     return patiently(ask)
 
@@ -52,7 +67,7 @@ class Holding:
     def __init__(self, db: Database, lease: Lease) -> None:
         self.db = db
         self.lease = lease
-        self.hungry = False  #: another worker waits and no shard is ready
+        self.hungry = 0  #: workers that wait for what is left of the shard
         self._lost: str | None = None
         self._done_batches = 0
         self._alone: int | None = None

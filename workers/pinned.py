@@ -1,6 +1,25 @@
 """What preparing a job pins, and every worker reads: nothing of it can change while the job lives."""
 
+from typing import Any, NamedTuple
+
 from engine.spec import Compile, Device, DType, Spec
+
+
+class EngineKey(NamedTuple):
+    """What tells one engine from another: jobs of the same key share it."""
+
+    model: str
+    weights_hash: str
+    exits_hash: str | None
+    device: str
+    dtype: str
+    threads: int
+    compile: str
+
+    @classmethod
+    def of(cls, pinned: dict[str, Any]) -> "EngineKey":
+        """From what a job's row has."""
+        return cls(*(pinned.get(name) for name in cls._fields))  # type: ignore[arg-type]
 
 
 class Pinned(Spec):
@@ -29,3 +48,8 @@ class Pinned(Spec):
     benchmarks: dict[str, str]  #: name -> content hash
     versions: dict[str, str]  #: package -> version
     git_revision: str | None = None
+
+    @property
+    def engine(self) -> EngineKey:
+        """Which engine the job needs."""
+        return EngineKey.of(dict(self))

@@ -3,7 +3,8 @@
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from socket import gethostname
@@ -15,16 +16,17 @@ from filelock import FileLock
 from db import devices, jobs, queue, results
 from db.errors import LeaseLost, Unavailable
 from db.queue import Lease
-from db.records import SampleRow, ShardResults
+from db.records import RunRow, SampleRow, ShardResults
+from db.results import ClaimedShard
 from db.session import Database
-from engine.errors import EngineError, WeightsMismatch
+from engine.errors import BadInput, EngineError, WeightsMismatch
 from engine.loading import cache_folder, resolve_model
 from engine.spec import parse_policy
 from workers.bundle import unpack
 from workers.context import at_work
 from workers.evaluate import Evaluation, Run, joined
-from workers.holding import Holding, claim_patiently, patiently
-from workers.pinned import Pinned
+from workers.holding import Holding, claim_shard_patiently, patiently
+from workers.pinned import EngineKey, Pinned
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -39,18 +41,28 @@ class Drained(Exception):
     """The worker was asked to stop; what it holds goes back."""
 
 
+class Unfit(Exception):
+    """This machine cannot do what a job pins: it has other weights under the model's name, or no such model.
+
+    The message says what is wrong here. The shard was given back, and no attempt was counted.
+    """
+
+
 @dataclass(frozen=True)
 class Pulse:
     """What a worker says of itself."""
 
     name: str
     pid: int
-    task_id: int | None  #: the shard in hand
-    batch: int | None  #: the batch in hand, in the benchmark's order
+    task_id: int | None = None  #: the shard in hand
+    batch: int | None = None  #: the batch in hand, in the benchmark's order
+    job_id: int | None = None  #: whose shard it is
+    done: int = 0  #: shards committed
+    still_seconds: float = 0.0  #: since the work in hand last moved on by a policy or a batch
 
 
 class Worker:
-    """Works on the shards of a job, one at a time. `work` belongs to one thread; the rest may be called from any."""
+    """Works on shards, one at a time. `work` and `step` belong to one thread; the rest may be called from any."""
 
     def __init__(
         self,
@@ -72,49 +84,87 @@ class Worker:
         self.after_shard = after_shard
         self.when_idle = when_idle
         self._draining = threading.Event()
+        self._forgotten: set[int] = set()
         self._engines = EngineShelf(db, self.cache)
-        self._task_id: int | None = None
+        self._noted: set[tuple[int, str]] = set()  #: job and device class whose kernels are noted
+        self._unfinished: set[int] = set()  #: jobs of which shards were committed, and which may have ended with them
+        self._lease: Lease | None = None
         self._batch: int | None = None
+        self._done = 0
+        self._moved = time.monotonic()
 
     def work(self, job_id: int) -> None:
-        """Work until the job has ended or `drain` was called. Raises `Unavailable` when the database stays away."""
+        """Work until the job has ended or `drain` was called. Raises `Unfit`, and `Unavailable` where the database
+        stays away.
+        """
         while not self._draining.is_set():
-            lease = claim_patiently(self.db, self.name, kind="shard", lease_seconds=self.lease_seconds, job_id=job_id)
-            if lease is not None:
-                with at_work(self.name, lease):
-                    self._do(lease)
-                self.after_shard()
-            elif patiently(lambda: self._ended(job_id)):
+            if self.step(job_id):
+                continue
+            if patiently(lambda: self._ended(job_id)):
                 return
-            else:
-                self.when_idle()
-                self._draining.wait(IDLE_SECONDS)
+            self.when_idle()
+            self._draining.wait(IDLE_SECONDS)
+
+    def step(self, job_id: int | Collection[int]) -> bool:
+        """Do a shard of these jobs. False where none could be claimed: jobs that ended with a shard of this worker are
+        then finalised. Raises `Unfit`, `Unavailable`.
+        """
+        shard = claim_shard_patiently(self.db, self.name, lease_seconds=self.lease_seconds, job_id=job_id)
+        if shard is None:
+            self._finalise_what_ended()
+            return False
+        with at_work(self.name, shard.lease):
+            self._do(shard)
+        self.after_shard()
+        return True
 
     def drain(self) -> None:
-        """Stop soon: finished batches are committed, the rest is given back."""
+        """Stop soon: finished batches are committed, the rest is given back, and no attempt is counted."""
         self._draining.set()
 
+    @property
+    def draining(self) -> bool:
+        return self._draining.is_set()
+
+    def forget(self, job_id: int) -> None:
+        """The job was cancelled: drop what is in hand of it at the next policy, without waiting for a renewal."""
+        self._forgotten.add(job_id)
+
+    def remember(self, job_ids: Collection[int]) -> None:
+        """These jobs go on, whatever was said before: a job that was cancelled or failed may be retried."""
+        self._forgotten.difference_update(job_ids)
+
     def pulse(self) -> Pulse:
-        return Pulse(self.name, os.getpid(), self._task_id, self._batch)
+        lease = self._lease
+        if lease is None:
+            return Pulse(self.name, os.getpid(), done=self._done)
+        still = time.monotonic() - self._moved
+        return Pulse(self.name, os.getpid(), lease.task_id, self._batch, lease.job_id, self._done, still)
 
     def _ended(self, job_id: int) -> bool:
         if jobs.finished(self.db, job_id):
             finalise(self.db, job_id)
         return jobs.job(self.db, job_id).state.ended
 
-    def _do(self, lease: Lease) -> None:
+    def _finalise_what_ended(self) -> None:
+        while self._unfinished:
+            job_id = self._unfinished.pop()
+            if patiently(lambda job_id=job_id: jobs.finished(self.db, job_id)):  # type: ignore[misc]
+                patiently(lambda job_id=job_id: finalise(self.db, job_id))  # type: ignore[misc]
+
+    def _do(self, shard: ClaimedShard) -> None:
         """Evaluate and commit a shard; whatever happens, the lease is not kept."""
-        done: list[ShardResults] = []
-        self._task_id = lease.task_id
+        lease, done = shard.lease, list[ShardResults]()
+        self._lease, self._moved = lease, time.monotonic()
         try:
             with Holding(self.db, lease) as holding:
-                self._evaluate(lease, holding, done)
-            self._hand_in(lease, done)
+                self._evaluate(shard, holding, done)
+            self._hand_in(lease, done, holding.hungry)
         except LeaseLost as error:
-            log.warning("lease lost", worker=self.name, task=lease.task_id, reason=str(error))
+            log.warning("lease lost", worker=self.name, job=lease.job_id, task=lease.task_id, reason=str(error))
         except Drained:
             self._hand_in(lease, done)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Unfit):
             self._hand_in(lease, done)
             raise
         except Unavailable as error:
@@ -123,51 +173,61 @@ class Worker:
             log.error("shard failed", worker=self.name, task=lease.task_id, attempt=lease.attempt, exc_info=True)
             self._fail(lease, str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}")
         finally:
-            self._task_id = self._batch = None
+            self._lease = self._batch = None
 
     def _fail(self, lease: Lease, sentence: str, *, refund: bool = False) -> None:
         patiently(lambda: queue.fail(self.db, lease, sentence, refund=refund))
+        self._unfinished.add(lease.job_id)  # it may have been the last attempt of the last shard
 
-    def _evaluate(self, lease: Lease, holding: Holding, done: list[ShardResults]) -> None:
-        """Add the results of batch after batch to `done`; ends early where another worker waits for work."""
+    def _evaluate(self, shard: ClaimedShard, holding: Holding, done: list[ShardResults]) -> None:
+        """Add the results of batch after batch to `done`; ends early where other workers wait for work."""
+        lease = shard.lease
 
         def proceed() -> None:
+            self._moved = time.monotonic()
             holding.check()
+            if lease.job_id in self._forgotten:
+                raise LeaseLost(f"job {lease.job_id} was cancelled")
             if self._draining.is_set():
                 raise Drained
 
         proceed()
-        shard = self._open(lease, proceed)
+        evaluation = self.evaluation(shard, proceed)
         for batch in range(lease.first_batch, lease.end_batch):
             self._batch = batch
-            samples = shard.samples(batch)
+            samples = _samples_of(shard, batch)
             if lease.isolated_from is not None and batch >= lease.isolated_from:
-                part = shard.evaluation.alone(
+                part = evaluation.alone(
                     batch, samples, guilty=lease.guilty, announce=lambda sample: holding.alone(sample.position)
                 )
             else:
-                part = shard.evaluation.together(batch, samples)
+                part = evaluation.together(batch, samples)
             done.append(part)
+            self._moved = time.monotonic()
+            if batch + 1 == lease.end_batch:
+                return  # the commit says so
             holding.progress(len(done))
             if holding.hungry:
                 return
 
-    def _open(self, lease: Lease, proceed: Callable[[], None]) -> "_Shard":
-        assert lease.benchmark_id is not None
-        pinned = Pinned.model_validate(jobs.job(self.db, lease.job_id).pinned)
-        benchmark = jobs.benchmark(self.db, lease.benchmark_id)
-        engine = self._engines.take(pinned)
-        patiently(lambda: devices.keep_kernels(self.db, lease.job_id, engine.device_class, engine.kernels))
-        runs = self._runs(lease)
+    def evaluation(self, shard: ClaimedShard, proceed: Callable[[], None]) -> Evaluation:
+        """How the batches of the shard are evaluated. Raises `Unfit`."""
+        pinned = Pinned.model_validate(shard.pinned)
+        try:
+            engine = self._engines.take(pinned)
+        except BadInput as error:
+            raise Unfit(str(error)) from error
+        self._note_kernels(shard.lease.job_id, engine)
+        runs = _runs(shard)
         compiled_ns = engine.compile_ns
         engine.warm_up([run.policy for run in runs])
         if engine.compile_ns > compiled_ns:
             log.info("layers compiled", worker=self.name, seconds=round((engine.compile_ns - compiled_ns) / 1e9, 1))
-        evaluation = Evaluation(
+        return Evaluation(
             engine=engine,
             runs=runs,
-            content_hash=benchmark.content_hash,
-            ends_with_line=benchmark.ends_with_line,
+            content_hash=shard.benchmark.content_hash,
+            ends_with_line=shard.benchmark.ends_with_line,
             max_new_tokens=pinned.max_new_tokens,
             metrics=pinned.metrics,
             seed=pinned.seed,
@@ -175,20 +235,17 @@ class Worker:
             timed=self.timed and engine.device_class == pinned.device_class,
             proceed=proceed,
         )
-        return _Shard(self.db, lease.benchmark_id, pinned.batch_size, evaluation)
 
-    def _runs(self, lease: Lease) -> list[Run]:
-        """The shard's runs; `full` beside them where they were added to a job that was done without them."""
-        wanted = results.runs_of_shard(self.db, lease)
-        done = [
-            run
-            for run in jobs.runs(self.db, lease.job_id)
-            if run.benchmark_id == lease.benchmark_id and run.policy_kind == "full" and run not in wanted
-        ]
-        return [Run(run.id, parse_policy(run.policy_spec), run in done) for run in [*done[:1], *wanted]]
+    def _note_kernels(self, job_id: int, engine: "Engine") -> None:
+        if (job_id, engine.device_class) not in self._noted:
+            patiently(lambda: devices.keep_kernels(self.db, job_id, engine.device_class, engine.kernels))
+            self._noted.add((job_id, engine.device_class))
 
-    def _hand_in(self, lease: Lease, done: list[ShardResults]) -> None:
-        """Commit the batches that are done and leave the rest to others; safe to repeat."""
+    def _hand_in(self, lease: Lease, done: list[ShardResults], waiting: int = 0) -> None:
+        """Commit the batches that are done and leave the rest to others; safe to repeat.
+
+        waiting: workers that have nothing to do; what is left is cut for them and for this one.
+        """
         reached = lease.first_batch + len(done)
         try:
             if not done:
@@ -196,23 +253,29 @@ class Worker:
                 return
             split_at = reached if reached < lease.end_batch else None
             whole = joined(done)
-            patiently(lambda: results.commit_shard(self.db, lease, whole, split_at=split_at))
+            patiently(lambda: results.commit_shard(self.db, lease, whole, split_at=split_at, pieces=waiting + 1))
         except LeaseLost as error:
             log.warning("lease lost at the commit", worker=self.name, task=lease.task_id, reason=str(error))
         else:
+            self._done += 1
+            self._unfinished.add(lease.job_id)
             log.info("shard committed", worker=self.name, task=lease.task_id, batches=len(done), split_at=split_at)
 
 
-@dataclass(frozen=True)
-class _Shard:
-    db: Database
-    benchmark_id: int
-    batch_size: int
-    evaluation: Evaluation
+def _samples_of(shard: ClaimedShard, batch: int) -> list[SampleRow]:
+    size = int(shard.pinned["batch_size"])
+    first = (batch - shard.lease.first_batch) * size
+    return shard.samples[first : first + size]
 
-    def samples(self, batch: int) -> list[SampleRow]:
-        first = batch * self.batch_size
-        return patiently(lambda: results.samples_of(self.db, self.benchmark_id, first, first + self.batch_size))
+
+def _runs(shard: ClaimedShard) -> list[Run]:
+    """The shard's runs; `full` beside them where they were added to a job that was done without them."""
+    full = [run for run in shard.done_runs if run.policy_kind == "full"][:1]
+    return [_run(run, done=True) for run in full] + [_run(run, done=False) for run in shard.runs]
+
+
+def _run(row: RunRow, *, done: bool) -> Run:
+    return Run(row.id, parse_policy(row.policy_spec), done)
 
 
 class EngineShelf:
@@ -221,15 +284,12 @@ class EngineShelf:
     def __init__(self, db: Database, cache: Path) -> None:
         self.db = db
         self.cache = cache
-        self._key: tuple[object, ...] | None = None
+        self._key: EngineKey | None = None
         self._engine: Engine | None = None
 
     def take(self, pinned: Pinned) -> "Engine":
         """The engine that a job pins. Raises `BadInput`, `WeightsMismatch`."""
-        key = (
-            pinned.model, pinned.weights_hash, pinned.exits_hash, pinned.device, pinned.dtype, pinned.threads,
-            pinned.compile,
-        )  # fmt: skip
+        key = pinned.engine
         if self._engine is None or key != self._key:
             self._engine = None  # two models may not fit into memory
             self._look_at(pinned)

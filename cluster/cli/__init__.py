@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 import cluster.errors
 import db.errors
 import engine.errors
-from cluster.cli import catalogue, exchange, finished, jobs, machine, query, status, training
+from cluster.cli import catalogue, exchange, finished, fleet, jobs, machine, query, status, training
 from cluster.cli.output import note
 
 
@@ -71,6 +71,8 @@ for command in (
     jobs.show,
     status.status,
     jobs.report,
+    fleet.fleet,
+    fleet.work,
     finished.add_policy,
     finished.rescore,
     query.query,

@@ -5,7 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cluster.cli.options import DatabaseUrl, HtmlFile, Inline, JobId, JsonFlag, Key, Overrides, SpecFile, Workers
+from cluster.cli.options import (
+    DatabaseUrl,
+    GpusPerWorker,
+    HtmlFile,
+    Inline,
+    JobId,
+    JsonFlag,
+    Key,
+    Overrides,
+    RayAddress,
+    SpecFile,
+    Workers,
+)
 from cluster.cli.output import note, print_json, print_table
 from cluster.cli.start import opened, start, writable
 
@@ -20,6 +32,8 @@ def run(
     overrides: Overrides = None,
     workers: Workers = None,
     inline: Inline = False,
+    ray_address: RayAddress = None,
+    gpus_per_worker: GpusPerWorker = None,
     html: HtmlFile = None,
     database: DatabaseUrl = None,
     as_json: JsonFlag = False,
@@ -28,7 +42,7 @@ def run(
     from cluster import jobs
     from cluster.spec import read_job
 
-    settings, page = start(database, workers), writable(html)
+    settings, page = start(database, workers, ray_address, gpus_per_worker), writable(html)
     asked = jobs.anchored(read_job(spec, overrides or []), spec_folder(spec))
     jobs.validate(asked)  # before there is a job, or a database
     with opened(settings) as db:
@@ -64,6 +78,8 @@ def resume(
     job: JobId,
     workers: Workers = None,
     inline: Inline = False,
+    ray_address: RayAddress = None,
+    gpus_per_worker: GpusPerWorker = None,
     html: HtmlFile = None,
     database: DatabaseUrl = None,
     as_json: JsonFlag = False,
@@ -71,7 +87,7 @@ def resume(
     """Go on with a job that was paused, was interrupted or failed; report. One that was cancelled stays so."""
     from db.jobs import resume_job
 
-    settings, page = start(database, workers), writable(html)
+    settings, page = start(database, workers, ray_address, gpus_per_worker), writable(html)
     with opened(settings, create=False) as db:
         resume_job(db, job)
         state = work_on(db, job, settings, inline, database)
@@ -244,6 +260,8 @@ def work_on(db: "Database", job_id: int, settings: "Settings", inline: bool, dat
                 job_id,
                 workers=settings.workers,
                 inline=inline,
+                gpus_per_worker=settings.gpus_per_worker,
+                ray_address=settings.ray_address,
                 lease_seconds=settings.lease_seconds,
                 on_progress=lambda now: show_job(shown, now),
             )

@@ -20,6 +20,16 @@ Overrides = Annotated[
     ),
 ]
 Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="Workers to keep alive on this machine.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address", metavar="HOST:PORT", help="A running Ray cluster; without it one is started on this machine."
+    ),
+]
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option("--gpus-per-worker", metavar="N", help="What a worker on a GPU holds: 0.5 lets two share one."),
+]
 Inline = Annotated[bool, typer.Option("--inline", help="Work in this process, without Ray: for debugging.")]
 HtmlFile = Annotated[
     str | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file as well.")

@@ -12,12 +12,19 @@ if TYPE_CHECKING:
     from db.session import Database
 
 
-def start(database_url: str | None = None, workers: int | None = None) -> "Settings":
+def start(
+    database_url: str | None = None,
+    workers: int | None = None,
+    ray_address: str | None = None,
+    gpus_per_worker: float | None = None,
+) -> "Settings":
     """The settings with a command's options on top; logs set up as they say. Raises `BadInput`."""
     from cluster.logs import configure_logs
     from cluster.settings import load_settings
 
-    settings = load_settings(database_url=database_url, workers=workers)
+    settings = load_settings(
+        database_url=database_url, workers=workers, ray_address=ray_address, gpus_per_worker=gpus_per_worker
+    )
     configure_logs(settings.log_level)
     return settings
 

@@ -9,6 +9,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.append(str(Path(__file__).parents[1] / "engine"))
+# workers of a fleet are made of what stands there, too
+os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
 from small_world import World, bundle, columns, write_prompts
 
@@ -58,11 +60,14 @@ def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[None]:
     """One Ray for all tests that kill nothing but workers."""
-    from cluster.fleet import OBJECT_STORE_BYTES, ray
+    import ray
+
+    from cluster.fleet.placement import OBJECT_STORE_BYTES
 
     ray.init(
         address="local",
         num_cpus=4,
+        num_gpus=2,  # that nobody has: places are given out all the same
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=OBJECT_STORE_BYTES,

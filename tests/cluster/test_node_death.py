@@ -14,11 +14,11 @@ from db.session import Database
 
 _FLEET = """
 import sys
-from cluster.fleet import Fleet
+from cluster.fleet.supervisor import Fleet
 from cluster.logs import configure_logs
 from db.session import open_database
 configure_logs("info")
-with Fleet(open_database(sys.argv[1]), 1, workers=1, threads=1, ray_address=sys.argv[2]) as fleet:
+with Fleet(open_database(sys.argv[1]), [1], workers=1, ray_address=sys.argv[2]) as fleet:
     print("joined", flush=True)
     fleet.run()
 """

@@ -3,6 +3,7 @@
 import json
 from contextlib import closing
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from db import queue, results
 from db.errors import BadInput as RecordBadInput
 from db.session import Database, open_database
 from engine.errors import BadInput, WeightsMismatch
-from workers.worker import Worker
+from workers.worker import Unfit, Worker
 
 
 def test_every_sample_ends_with_one_outcome_per_policy(world: World, db: Database) -> None:
@@ -152,18 +153,19 @@ def test_a_benchmark_that_changed_under_its_name_is_refused(world: World, db: Da
     assert record.job(db, job_id).state is jobs.JobState.FAILED
 
 
-def test_weights_that_changed_after_preparing_fail_the_shards(world: World, db: Database, tmp_path: Path) -> None:
-    """Nobody's completions come from other weights than the job pins."""
+def test_weights_that_changed_after_preparing_are_refused(world: World, db: Database, tmp_path: Path) -> None:
+    """No completion comes from other weights than the job pins; the work is not to blame, and loses no attempt."""
     from tiny_models import random_model, save
 
     model = save(random_model("llama"), tmp_path / "model")
     job_id = jobs.submit(db, world.spec(model=str(model), exits=None, policies=["full"], shard_batches=12))
     jobs.prepare(db, queue.claim(db, "test", kind="prepare"))
     save(random_model("llama", seed=1), tmp_path / "model")
-    worker = Worker(db, "test", timed=True, when_idle=lambda: worker.drain())
-    worker.work(job_id)
-    assert "prepared with" in record.progress(db, job_id).last_error
-    assert rows(db, "select state, attempt from task where kind = 'shard'") == [("ready", 1)]
+    with pytest.raises(Unfit, match="prepared with"):
+        Worker(db, "test", timed=True).work(job_id)
+    with pytest.raises(BadInput, match=f"has weights .* on {gethostname()}, but the job was prepared with"):
+        jobs.work(db, job_id, inline=True)
+    assert rows(db, "select state, attempt from task where kind = 'shard'") == [("ready", 0)]
     assert columns(db, job_id) == {}
 
 

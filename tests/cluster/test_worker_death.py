@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from small_world import World, columns, rows, shortstop, wait_for
 
-from cluster import fleet as fleet_module
 from cluster import jobs
 from cluster.errors import FleetError
-from cluster.fleet import Fleet
+from cluster.fleet import crew as crew_module
+from cluster.fleet.supervisor import Fleet
 from db import jobs as record
 from db import queue
 from db.session import Database, open_database
@@ -51,7 +51,7 @@ def test_kill_9_of_a_worker_in_the_middle_of_a_shard(
 ) -> None:
     job_id = prepared(db, world)
     with (
-        Fleet(db, job_id, workers=1, threads=1) as fleet,
+        Fleet(db, [job_id], workers=1) as fleet,
         killing(fleet, lambda pulse: pulse.batch is not None and pulse.batch % 4 == 2) as killed,
     ):
         fleet.run()
@@ -64,7 +64,7 @@ def test_the_number_of_workers_does_not_change_completions(
     ray_here: None, world: World, db: Database, undisturbed: dict[tuple[str, str], tuple[object, ...]]
 ) -> None:
     job_id = prepared(db, world, shard_batches=2)
-    with Fleet(db, job_id, workers=2, threads=1) as fleet:
+    with Fleet(db, [job_id], workers=2) as fleet:
         fleet.run()
     workers = rows(db, "select count(distinct worker) from task where kind = 'shard' and state = 'done'")
     assert workers == [(2,)]
@@ -74,10 +74,10 @@ def test_the_number_of_workers_does_not_change_completions(
 def test_workers_that_keep_dying_are_given_up(
     ray_here: None, world: World, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet_module, "MOST_DEATHS", 2)
+    monkeypatch.setattr(crew_module, "MOST_DEATHS", 2)
     job_id = prepared(db, world)
     with (
-        Fleet(db, job_id, workers=1, threads=1) as fleet,
+        Fleet(db, [job_id], workers=1) as fleet,
         killing(fleet, lambda pulse: True, times=2),
         pytest.raises(FleetError, match="2 workers died"),
     ):

@@ -11,7 +11,7 @@ from made import claimed, planned_job, results_of, summarise, work
 from sqlalchemy import event, inspect, text
 
 from cluster.reports.build import build_report
-from db import jobs, queue, results
+from db import demand, jobs, queue, results
 from db.rollups import rollup
 from db.session import Database, open_database
 
@@ -84,6 +84,9 @@ def last_run(db: Database) -> int:
 DOORS: dict[str, Callable[[Database], object]] = {
     "claim a shard": claimed,
     "claim a shard of a job": lambda db: claimed(db, job_id=open_job(db)),
+    "claim a shard of some jobs": lambda db: claimed(db, job_id=[open_job(db), open_job(db) - 1]),
+    "claim a shard with what it consists of": lambda db: results.claim_shard(db, "worker"),
+    "open jobs": demand.open_jobs,
     "claim what is to be prepared": lambda db: queue.claim(db, "worker", kind="prepare"),
     "renew": renew,
     "commit": commit,

@@ -4,15 +4,18 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from made import claimed, planned_job, results_of, summarise, work
-from sqlalchemy import Connection, func, select, text
+from made import claimed, planned_job, planned_policy, results_of, summarise, work
+from sqlalchemy import Connection, event, func, select, text
 
-from db import claims, jobs, queue, results, schema
+from db import claims, demand, jobs, queue, results, schema
 from db.clock import now
 from db.errors import BadInput, LeaseLost, NewerSchema, OlderSchema, RecordError, Unavailable
 from db.jobs import JobState
+from db.planning import batch_costs
+from db.records import PlannedBenchmark
 from db.session import Database
 from db.tables import job, metadata, outcome, task
 from workers.holding import Holding
@@ -110,10 +113,49 @@ def test_tasks_of_a_paused_job_are_not_claimed(db: Database) -> None:
     assert queue.claim(db, "w", kind="shard") is None
     assert queue.claim(db, "w", kind="shard", job_id=paused) is None
     assert queue.claim(db, "w", kind="prepare") is None
-    assert queue.renew(db, lease, 0) == queue.Renewal(cancelled=False, hungry=False)
+    assert queue.renew(db, lease, 0) == queue.Renewal(cancelled=False)
     results.commit_shard(db, lease, results_of(db, lease))
     assert jobs.unpause_job(db, paused)
     assert claimed(db).job_id == paused
+
+
+def test_a_claim_among_some_jobs_is_fair_to_these_and_leaves_the_others(db: Database) -> None:
+    a, b, c = (shards(db, 2) for _ in range(3))
+    found = [queue.claim(db, "w", kind="shard", job_id=[a, c]) for _ in range(5)]
+    assert [lease and lease.job_id for lease in found] == [a, c, a, c, None]
+    assert queue.claim(db, "w", kind="shard", job_id=[]) is None
+    assert claimed(db).job_id == b
+
+
+def test_open_jobs_are_told_with_what_there_is_to_do(db: Database) -> None:
+    """By priority, then by age; neither what has ended nor what is paused."""
+    first, urgent, paused, ended = shards(db, 3), planned_job(db, 2, priority=1), shards(db, 1), shards(db, 1)
+    preparing = jobs.create_job(db, name="made", spec={"model": "m"})
+    jobs.pause_job(db, paused)
+    jobs.cancel_job(db, ended)
+    claimed(db, job_id=first)
+    found = demand.open_jobs(db)
+    assert [(one.id, one.state, one.ready, one.leased) for one in found] == [
+        (urgent, JobState.READY, 1, 0),
+        (first, JobState.RUNNING, 2, 1),
+        (preparing, JobState.PREPARING, 1, 0),
+    ]
+    assert (found[1].pinned["batch_size"], found[2].pinned, found[2].spec) == (1, None, {"model": "m"})
+    assert [one.id for one in demand.open_jobs(db, [first, paused])] == [first]
+
+
+def test_a_shard_is_claimed_with_all_that_it_consists_of(db: Database) -> None:
+    """In one transaction: a worker asks the database three times a shard, not ten."""
+    job_id = planned_job(db, 11, benchmarks=("a", "b"))
+    claimed(db)
+    shard = results.claim_shard(db, "w", job_id=job_id)
+    lease = shard.lease
+    assert (lease.first_batch, lease.worker, shard.pinned) == (2, "w", jobs.job(db, job_id).pinned)
+    assert shard.benchmark == jobs.benchmark(db, lease.benchmark_id)
+    assert shard.samples == results.samples_of(db, lease.benchmark_id, 4, 8)
+    assert (shard.runs, shard.done_runs) == (results.runs_of_shard(db, lease), [])
+    assert len(shard.runs) == 2
+    assert results.claim_shard(db, "w", job_id=job_id + 1) is None
 
 
 # --- at scale -------------------------------------------------------------------------------------------------
@@ -129,16 +171,21 @@ INSERT INTO task (job_id, kind, state, priority, epoch, attempt, run_after, firs
 """
 
 
-def plan_of(connection: Connection, of_job: bool) -> str:
-    """How the database would run the claim."""
-    compiled = claims._CLAIM[connection.dialect.name, of_job].compile(dialect=connection.dialect)
-    asked = {"of_kind": "shard", "by_worker": "w", "for_seconds": 30.0} | ({"one_job": 1} if of_job else {})
-    values = compiled.construct_params(asked)
-    if connection.dialect.name == "sqlite":
-        places = tuple(values[name] for name in compiled.positiontup)
-        rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}", places).all()
-        return "\n".join(str(row[3]) for row in rows)
-    return "\n".join(connection.exec_driver_sql(f"EXPLAIN {compiled}", values).scalars())
+def plan_of(db: Database, job_id: int | list[int] | None) -> str:
+    """How the database runs the claim: it is made, and explained."""
+    seen: list[tuple[str, Any]] = []
+
+    def note(_: Any, __: Any, statement: str, parameters: Any, ___: Any, ____: Any) -> None:
+        if statement.startswith("UPDATE task"):
+            seen.append((statement, parameters))
+
+    event.listen(db._engine, "before_cursor_execute", note)
+    claimed(db, job_id=job_id)
+    event.remove(db._engine, "before_cursor_execute", note)
+    [(statement, parameters)] = seen
+    explain = "EXPLAIN QUERY PLAN" if db.dialect == "sqlite" else "EXPLAIN"
+    with db.read() as connection:
+        return "\n".join(str(row[-1]) for row in connection.exec_driver_sql(f"{explain} {statement}", parameters))
 
 
 @pytest.mark.parametrize("analysed", [False, True])
@@ -152,16 +199,16 @@ def test_a_claim_among_100_000_shards_reads_indices_only(db: Database, analysed:
         if analysed:
             connection.execute(text("ANALYZE"))
     claimed(db)
-    with db.read() as connection:
-        for of_job in (False, True):
-            plan = plan_of(connection, of_job)
-            assert "ix_task_ready_of_job" in plan
-            assert "ix_task_job_id" not in plan
-            assert "Seq Scan" not in plan
-            if not of_job:
-                assert "ix_job_open" in plan
-                assert "ix_task_leased" in plan
     assert [claimed(db).job_id for _ in range(2)] == open_jobs[1:]
+    for job_id in (None, open_jobs, open_jobs[0]):
+        plan = plan_of(db, job_id)
+        assert "ix_task_ready_of_job" in plan
+        assert "ix_task_job_id" not in plan
+        assert "Seq Scan" not in plan
+        if job_id is None:
+            assert "ix_job_open" in plan
+        if not isinstance(job_id, int):
+            assert "ix_task_leased" in plan
 
 
 def test_a_job_runs_from_its_first_claim(db: Database) -> None:
@@ -206,7 +253,7 @@ def test_done_at_ones_own_epoch_is_success(db: Database) -> None:
     before = contents(db)
     results.commit_shard(db, lease, results_of(db, lease, seed=2))
     assert contents(db) == before
-    assert queue.renew(db, lease, 2) == queue.Renewal(cancelled=False, hungry=False)
+    assert queue.renew(db, lease, 2) == queue.Renewal(cancelled=False)
 
 
 def test_a_commit_that_lacks_a_sample_is_refused(db: Database) -> None:
@@ -543,7 +590,7 @@ def test_a_shard_that_is_just_being_claimed_hides_no_other(postgresql_db: Databa
     first, second = shards(postgresql_db, 2), shards(postgresql_db, 1)
     with postgresql_db.write() as connection, ThreadPoolExecutor(1) as pool:
         held = {"of_kind": "shard", "by_worker": "slow", "for_seconds": 30.0}
-        taken = connection.execute(claims._CLAIM["postgresql", False], held).mappings().one()
+        taken = connection.execute(claims._CLAIM["postgresql", "all"], held).mappings().one()
         others = [pool.submit(claimed, postgresql_db).result(timeout=10) for _ in range(2)]
         assert pool.submit(queue.claim, postgresql_db, "w", kind="shard").result(timeout=10) is None
     assert (taken["job_id"], taken["first_batch"]) == (first, 0)
@@ -565,7 +612,7 @@ def test_hunger_shows_only_while_somebody_waits_in_vain(db: Database) -> None:
     first, second = claimed(db, "a"), claimed(db, "b")
     assert not queue.renew(db, first, 0).hungry, "nobody asked"
     assert queue.claim(db, "c", kind="shard") is None
-    assert queue.renew(db, first, 0).hungry
+    assert queue.renew(db, first, 0).hungry == 1
     jobs.pause_job(db, job_id)
     assert not queue.renew(db, first, 0).hungry, "nobody could claim what a split leaves"
     jobs.unpause_job(db, job_id)
@@ -573,6 +620,68 @@ def test_hunger_shows_only_while_somebody_waits_in_vain(db: Database) -> None:
     assert not queue.renew(db, first, 0).hungry, "a shard is ready"
     claimed(db, "c")
     assert not queue.renew(db, first, 0).hungry, "c has work now"
+
+
+def test_hunger_tells_jobs_apart(db: Database) -> None:
+    """A worker that may only work on one job makes no holder of another split, nor do ready shards there feed it."""
+    mine = planned_job(db, 2, batch_size=1, shard_batches=2)
+    other = planned_job(db, 4, batch_size=1, shard_batches=2, benchmarks=("others",))
+    of_mine, of_other = claimed(db, "a", job_id=mine), claimed(db, "b", job_id=other)
+    assert queue.claim(db, "c", kind="shard", job_id=mine) is None
+    assert queue.renew(db, of_mine, 0).hungry == 1, "shards are ready, but not for c"
+    assert not queue.renew(db, of_other, 0).hungry, "c would not take it"
+    claimed(db, "d", job_id=other)
+    assert queue.claim(db, "e", kind="shard", job_id=[mine, other]) is None
+    assert queue.renew(db, of_mine, 0).hungry == 2
+    assert queue.renew(db, of_other, 0).hungry == 1
+
+
+def test_hunger_is_told_to_those_who_have_most_left(db: Database) -> None:
+    """One waits, one splits: the others would cut their shards for nobody."""
+    planned_job(db, 12, batch_size=1, shard_batches=4)
+    held = [claimed(db, f"holder {n}") for n in range(3)]
+    assert queue.claim(db, "waiting", kind="shard") is None
+    told = [queue.renew(db, lease, done).hungry for lease, done in zip(held, (3, 1, 2), strict=True)]
+    assert told[2] == 0, "the second holder has more left"
+    assert [queue.renew(db, lease, done).hungry for lease, done in zip(held, (3, 1, 2), strict=True)] == [0, 1, 0]
+
+
+def test_what_a_holder_leaves_is_cut_for_those_who_wait(db: Database) -> None:
+    """In one piece it would go from hand to hand, and one would work while the others wait."""
+    job_id = planned_job(db, 8, batch_size=1, shard_batches=8)
+    lease = claimed(db)
+    results.commit_shard(db, lease, results_of(db, lease, end_batch=1), split_at=1, pieces=3)
+    assert extents(db, job_id, "ready") == [(1, 3), (3, 5), (5, 8)]
+    last = claimed(db)
+    results.commit_shard(db, last, results_of(db, last, end_batch=last.first_batch + 1), split_at=6, pieces=9)
+    assert extents(db, job_id, "ready") == [(1, 3), (3, 5), (6, 7), (7, 8)]
+    with db.read() as connection:
+        ready = select(func.sum(task.c.cost)).where(task.c.job_id == job_id, task.c.state.in_(["ready", "done"]))
+        assert (
+            connection.execute(ready).scalar_one()
+            == connection.execute(
+                select(task.c.cost).where(task.c.job_id == job_id, task.c.parent_id.is_(None), task.c.kind == "shard")
+            ).scalar_one()
+        )
+
+
+def test_large_shards_come_first_and_very_large_ones_are_cut(db: Database) -> None:
+    """What takes long must not begin last."""
+    prompts = [10] * 8 + [90] * 4 + [10] * 7
+    samples = [(f"s/{i}", "x" * n, "r", "python", "g") for i, n in enumerate(prompts)]
+    job_id = jobs.create_job(db, name="made", spec={})
+    jobs.plan_job(
+        db,
+        queue.claim(db, "preparer", kind="prepare", job_id=job_id),
+        pinned={"batch_size": 1, "shard_batches": 4, "max_new_tokens": 1, "n_layers": 30},
+        benchmarks=[PlannedBenchmark("lines", "1", "hash", True, samples)],
+        artifacts=[],
+        policies=[planned_policy("full")],
+    )
+    [costs] = [[10 + 24 if n == 10 else 90 + 24 for n in prompts]]
+    assert batch_costs(prompts, 1, 1) == costs
+    order = [(lease.first_batch, lease.end_batch) for lease in iter(lambda: queue.claim(db, "w", kind="shard"), None)]
+    assert order == [(8, 10), (10, 12), (0, 4), (4, 8), (12, 16), (16, 19)]
 
 
 def test_renewal_does_not_wait_for_its_own_commit(postgresql_db: Database) -> None:
@@ -583,7 +692,7 @@ def test_renewal_does_not_wait_for_its_own_commit(postgresql_db: Database) -> No
         queue.complete(connection, lease)
         renewal = pool.submit(queue.renew, postgresql_db, lease, 1).result(timeout=10)
         reaped = pool.submit(queue.reap, postgresql_db, dead_workers=["worker"]).result(timeout=10)
-    assert renewal == queue.Renewal(cancelled=False, hungry=False)
+    assert renewal == queue.Renewal(cancelled=False)
     assert reaped == [], "nor does the reaper take what is being committed"
 
 

@@ -55,6 +55,7 @@ class Shard:
     job_id: int
     first: int
     end: int
+    cost: int = 0
     state: str = "ready"
     epoch: int = 0
     attempt: int = 0
@@ -95,10 +96,11 @@ class QueueMachine(RuleBasedStateMachine):
         self.jobs[job_id] = Job(job_id, priority)
         with self.db.write() as connection:
             its_shards = task.update().where(task.c.job_id == job_id, task.c.kind == "shard")
-            connection.execute(its_shards.values(attempt=attempt, deaths=deaths))
+            connection.execute(its_shards.values(attempt=attempt, deaths=deaths, cost=task.c.first_batch % 2 * 7))
         for row in self.rows():
             if row.job_id == job_id:
-                shard = Shard(row.id, job_id, row.first_batch, row.end_batch, attempt=attempt, deaths=deaths)
+                extent = (row.first_batch, row.end_batch, row.first_batch % 2 * 7)
+                shard = Shard(row.id, job_id, *extent, attempt=attempt, deaths=deaths)
                 self.shards[row.id] = shard
         return job_id
 
@@ -149,7 +151,7 @@ class QueueMachine(RuleBasedStateMachine):
         job.state, job.paused, job.policies = "running", False, job.policies + 1
         new = [row for row in self.rows() if row.job_id == job_id and row.id not in self.shards]
         for row in new:
-            self.shards[row.id] = Shard(row.id, job_id, row.first_batch, row.end_batch)
+            self.shards[row.id] = Shard(row.id, job_id, row.first_batch, row.end_batch, row.cost)
         job.first_added = new[0].id
 
     @rule(lease=leases, as_drawn=as_drawn, done=st.integers(0, 2))
@@ -207,8 +209,10 @@ class QueueMachine(RuleBasedStateMachine):
         children = [row.id for row in self.rows() if row.parent_id == parent.id and row.id not in self.shards]
         if children:
             rest, done = children
-            self.shards[rest] = Shard(rest, parent.job_id, at_batch, parent.end)
-            finished = Shard(done, parent.job_id, parent.first, at_batch, "done", parent.epoch, parent.attempt)
+            left = parent.cost * (parent.end - at_batch) // (parent.end - parent.first)
+            self.shards[rest] = Shard(rest, parent.job_id, at_batch, parent.end, left)
+            taken = (parent.first, at_batch, parent.cost - left)
+            finished = Shard(done, parent.job_id, *taken, "done", parent.epoch, parent.attempt)
             finished.worker, finished.done = parent.worker, at_batch - parent.first
             self.shards[done] = finished
 
@@ -395,7 +399,7 @@ class QueueMachine(RuleBasedStateMachine):
         if not able:
             return None
         turn = min(able, key=lambda job: (-job.priority, leased(job), job.id))
-        return min(claimable(turn), key=lambda shard: shard.id)
+        return min(claimable(turn), key=lambda shard: (-shard.cost, shard.id))
 
     def rows(self) -> list:
         with self.db.read() as connection:
@@ -409,14 +413,14 @@ class QueueMachine(RuleBasedStateMachine):
         found = {
             row.id: (
                 row.job_id, row.first_batch, row.end_batch, row.state, row.epoch, row.attempt, row.worker,
-                row.done_batches, row.deaths, row.isolated_from,
+                row.done_batches, row.cost, row.deaths, row.isolated_from,
             )
             for row in self.rows()
         }  # fmt: skip
         assert found == {
             one.id: (
                 one.job_id, one.first, one.end, one.state, one.epoch, one.attempt, one.worker,
-                one.done, one.deaths, one.isolated_from,
+                one.done, one.cost, one.deaths, one.isolated_from,
             )
             for one in self.shards.values()
         }  # fmt: skip
