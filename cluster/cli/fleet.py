@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -22,6 +23,10 @@ UntilIdle = Annotated[
     float | None,
     typer.Option("--until-idle", metavar="SECONDS", min=0, help="End when there was nothing to do for so long."),
 ]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option("--metrics-port", metavar="PORT", help="Serve Prometheus metrics at 127.0.0.1:PORT/metrics."),
+]
 
 
 def fleet(
@@ -29,6 +34,7 @@ def fleet(
     ray_address: RayAddress = None,
     gpus_per_worker: GpusPerWorker = None,
     wait: Wait = False,
+    metrics_port: MetricsPort = None,
     database: DatabaseUrl = None,
 ) -> None:
     """Keep workers at all jobs, those that are still to come included, until SIGTERM or Ctrl-C."""
@@ -45,7 +51,13 @@ def fleet(
     keeper = Keeper(orders, f"{socket.gethostname()}, process {os.getpid()}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: keeper.stop())
-    keeper.run(wait=wait, on_wait=lambda holder: note(f"waiting for the fleet of {holder} to end"))
+    with ExitStack() as stack:
+        if metrics_port is not None:
+            from cluster.metrics import Metrics, served
+
+            db = stack.enter_context(opened(settings))
+            note(f"metrics at http://127.0.0.1:{stack.enter_context(served(Metrics(db), metrics_port))}/metrics")
+        keeper.run(wait=wait, on_wait=lambda holder: note(f"waiting for the fleet of {holder} to end"))
 
 
 def work(until_idle: UntilIdle = None, database: DatabaseUrl = None) -> None:

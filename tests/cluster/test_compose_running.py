@@ -19,18 +19,10 @@ from small_world import World, wait_for
 from cluster.compose.host import MARK, Host
 
 ROOT = Path(__file__).parents[2]
-_WORK = """
-from cluster import jobs
-from cluster.settings import load_settings
-from db.session import open_database
-db = open_database(load_settings().database_url)
-jobs.work(db, 1, ray_address="ray-head:PORT")
-"""
 
-#: The one place that says who works: the services that are up, and what is run in the fleet's place until the job has
-#: ended. With a fleet over all jobs: ("fleet", "api"), and "shortstop status 1 --watch".
-SERVICES = ("ray-worker",)
-WORK = ("python", "-c", _WORK)
+#: what is up, and what is run in the fleet's place until the job has ended
+SERVICES = ("fleet",)
+WATCH = ("shortstop", "status", "1", "--watch")
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -126,7 +118,7 @@ def test_a_job_goes_through_the_services_of_the_compose_file(world: World, state
     try:
         project.wait_until_up(up)
         assert project.answered("fleet", "shortstop", "submit", str(spec)) == "1\n"
-        project.answered("fleet", *(word.replace("PORT", port) for word in WORK))
+        project.answered("fleet", *WATCH)
         report = json.loads(project.answered("api", "shortstop", "report", "1", "--json"))
         assert (report["state"], report["benchmarks"][0]["runs"][0]["summary"]["samples"]) == ("done", 48)
         check_that_ray_refuses_strangers(project, port)
@@ -142,7 +134,7 @@ def test_a_job_goes_through_the_services_of_the_compose_file(world: World, state
 
 def check_that_ray_refuses_strangers(project: Compose, port: str) -> None:
     """Who has no token, or another one, does not get in; the same words with the token do."""
-    knock = f"import ray; ray.init('ray-head:{port}', logging_level=40); print('in', len(ray.nodes()))"
+    knock = f"import ray; ray.init('ray-head:{port}', logging_level=40); print('in with', len(ray.nodes()))"
     token = f"RAY_AUTH_TOKEN={project.environment['RAY_AUTH_TOKEN']}"
     knocking = [
         (welcome, project.begun("ray-worker", "env", *who, "RAY_py_gcs_connect_timeout_s=3", "python", "-c", knock))
@@ -154,7 +146,7 @@ def check_that_ray_refuses_strangers(project: Compose, port: str) -> None:
     ]
     for welcome, one in knocking:
         said, why = one.communicate(timeout=200)
-        assert (one.returncode == 0, "in 2" in said) == (welcome, welcome), said + why
+        assert (one.returncode == 0, "in with" in said) == (welcome, welcome), said + why
 
 
 _SMALL = """

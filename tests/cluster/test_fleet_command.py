@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -41,7 +43,7 @@ def db(url: str) -> Iterator[Database]:
 
 @pytest.fixture
 def fleet(url: str, db: Database) -> Iterator[subprocess.Popen[str]]:
-    process = shortstop("fleet", "--workers", "1", "--database", url)
+    process = shortstop("fleet", "--workers", "1", "--metrics-port", "0", "--database", url)
     yield process
     process.terminate()
     process.communicate(timeout=90)
@@ -70,9 +72,12 @@ def test_a_fleet_survives_its_supervisor_and_leaves_nothing_when_it_is_terminate
     wait_for("the job", lambda: ended(db, job_id))
     assert columns(db, job_id) == undisturbed
     assert rows(db, "select max(deaths) from task") == [(0,)], "the supervisor's death is not the shard's"
+    assert fleet.stderr is not None
+    [place] = re.findall(r"^metrics at (http://127\.0\.0\.1:\d+/metrics)$", fleet.stderr.readline())
+    with urlopen(place, timeout=30) as answer:
+        assert b"\nshortstop_workers{state=\"idle\"}" in answer.read()
     wait_for("Ray's processes to follow", lambda: not any(child.is_running() for child in left_behind))
     fleet.send_signal(signal.SIGTERM)
-    assert fleet.stderr is not None
     said = fleet.stderr.read()
     assert fleet.wait(timeout=90) == 0, said
     assert [json.loads(line)["event"] for line in said.splitlines() if "supervisor ended" in line]
