@@ -287,18 +287,18 @@ def _some_of_a_product(given: Any) -> None:
 class Product:
     """Weights [outputs, inputs], which must stay where they are, times a few states [tokens, inputs].
 
-    For one thread at a time. The memory is handed on as addresses: arrays would cost a tenth of a small product.
+    The memory is handed on as addresses: arrays would cost a tenth of a small product.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.contiguous()
         self.outputs = len(weight)
-        self._given = (c_int64 * 6)(self.weight.data_ptr(), *weight.shape)
+        self._weights = self.weight.data_ptr(), *weight.shape
 
     def __call__(self, states: Tensor) -> Tensor:
         """Gives [tokens, outputs]."""
         states = states.contiguous()
         out = empty(len(states), self.outputs)
-        self._given[3:] = [states.data_ptr(), len(states), out.data_ptr()]
-        share(_some_of_a_product, self._given, get_num_threads())
+        given = (c_int64 * 6)(*self._weights, states.data_ptr(), len(states), out.data_ptr())
+        share(_some_of_a_product, given, get_num_threads())
         return out
