@@ -16,7 +16,7 @@ import numpy.typing as npt
 from numba import carray, float32, int64, void
 from torch import Tensor, empty, get_num_threads
 
-from engine.loops import FAST, KEPT, TABLE, Floats
+from engine.loops import FAST, TABLE, Floats, kept
 from engine.native import MANY_REGISTERS, exp, some_outputs
 from engine.native_attention import ALL, attend_heads, spans
 from engine.openmp import GIVEN, OPTIONS, at, barrier, part, parts, share
@@ -76,7 +76,7 @@ def _whole(address: int, shape: Any) -> Addresses:
     return carray(at(address), shape, np.int64)
 
 
-@nb.njit(void(TABLE, int64, float32, TABLE), fastmath=FAST, nogil=True, cache=KEPT, error_model="numpy")
+@kept(nb.njit, void(TABLE, int64, float32, TABLE), fastmath=FAST, nogil=True, error_model="numpy")
 def _norm(states: Floats, weight_at: int, epsilon: float, out: Floats) -> None:
     tokens, width = states.shape
     weight = _floats(weight_at, width)
@@ -90,7 +90,7 @@ def _norm(states: Floats, weight_at: int, epsilon: float, out: Floats) -> None:
             normed[i] = state[i] * scale * weight[i]
 
 
-@nb.njit(void(int64, int64, TABLE, TABLE, int64, int64), fastmath=FAST, nogil=True, cache=KEPT, error_model="numpy")
+@kept(nb.njit, void(int64, int64, TABLE, TABLE, int64, int64), fastmath=FAST, nogil=True, error_model="numpy")
 def _multiply(weight_at: int, bias_at: int, states: Floats, out: Floats, first: int, end: int) -> None:
     """Outputs `first` to `end` of a product."""
     tokens, inputs = states.shape
@@ -102,7 +102,7 @@ def _multiply(weight_at: int, bias_at: int, states: Floats, out: Floats, first: 
                 out[token, j] += bias[j]
 
 
-@nb.njit(void(TABLE, TABLE), fastmath=FAST, nogil=True, cache=KEPT)
+@kept(nb.njit, void(TABLE, TABLE), fastmath=FAST, nogil=True)
 def _add(states: Floats, added: Floats) -> None:
     for token in range(states.shape[0]):
         state, more = states[token], added[token]
@@ -110,7 +110,7 @@ def _add(states: Floats, added: Floats) -> None:
             state[i] += more[i]
 
 
-@nb.njit(nb.types.UniTuple(int64, 2)(int64, int64, int64), nogil=True, cache=KEPT)
+@kept(nb.njit, nb.types.UniTuple(int64, 2)(int64, int64, int64), nogil=True)
 def _mine(outputs: int, me: int, threads: int) -> tuple[int, int]:
     """This thread's share of so many outputs, in fours."""
     fours = (outputs + 3) // 4
@@ -136,7 +136,7 @@ def _turn(head: Floats, norms_at: int, epsilon: float, cos: Floats, sin: Floats)
         head[half + i] = second * cos[half + i] + first * sin[half + i]
 
 
-@nb.njit(void(TABLE, int64, int64, int64), fastmath=FAST, nogil=True, cache=KEPT, error_model="numpy")
+@kept(nb.njit, void(TABLE, int64, int64, int64), fastmath=FAST, nogil=True, error_model="numpy")
 def _gate(both: Floats, gated_at: int, first: int, end: int) -> None:
     """silu(gate) · up for some of the outputs."""
     tokens, inner = both.shape[0], both.shape[1] // 2
@@ -152,7 +152,7 @@ def _gate(both: Floats, gated_at: int, first: int, end: int) -> None:
             out[i] = x * sigmoid * row[inner + i]
 
 
-@nb.cfunc(GIVEN, cache=KEPT, **OPTIONS)
+@kept(nb.cfunc, GIVEN, **OPTIONS)
 def _run_layers(given: Any) -> None:
     """What one thread does of all layers from `first` to `end`."""
     first, end, tokens, hidden = given[1], given[2], given[3], given[4]
@@ -225,7 +225,7 @@ def _run_layers(given: Any) -> None:
         _floats(given[27], (tokens, hidden))[:] = states
 
 
-@nb.cfunc(GIVEN, cache=KEPT, **OPTIONS)
+@kept(nb.cfunc, GIVEN, **OPTIONS)
 def _fill_layers(given: Any) -> None:
     """What one thread does of the keys and values of all layers from `first` to `end`."""
     first, end, tokens, hidden, n_heads, n_kv, size = (

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 import subprocess
 import sys
 import weakref
@@ -9,13 +10,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numba as nb
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import random_prompts
 from torch import Tensor
 
-from engine import native, native_attention, openmp
+from engine import loops, native, native_attention, openmp
 from engine.architectures.llama import LlamaStack
 from engine.attention import StepAttention
 from engine.cache import Span
@@ -221,3 +223,27 @@ print(openmp.available(), native.Product(torch.ones(3, 4))(torch.ones(2, 4)).sum
     )
     assert done.stdout.split() == ["False", "24.0"]
     assert any(tmp_path.glob("numba/*/*")) == (not cache)
+
+
+def test_loops_where_the_disk_is_full_or_what_was_kept_is_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Protects machines on which nothing more can be kept, and those that lost power: they compile, no more."""
+    monkeypatch.setattr(nb.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(loops, "KEPT", True)
+
+    def result() -> int:
+        return int(loops.kept(nb.njit, nb.int64(nb.int64))(lambda x: 2 * x)(3))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        assert result() == 6
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result() == 6
+    indexes = list(tmp_path.glob("*/*.nbi"))
+    assert indexes
+    for index in indexes:
+        index.write_bytes(b"")
+    assert result() == 6
