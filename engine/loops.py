@@ -3,6 +3,7 @@
 import os
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from zlib import crc32
 
@@ -49,6 +50,18 @@ HIDDEN = int64[:, ::1]
 HIDDEN_ROW = int64[::1]
 
 
+def kept(compiler: Any, *signature: Any, **options: Any) -> Any:
+    """`nb.njit` or `nb.cfunc`, kept in numba's cache; done anew where that is damaged, or the disk is full."""
+
+    def compile(function: Any) -> Any:
+        if KEPT:
+            with suppress(OSError, EOFError, UnpicklingError):
+                return compiler(*signature, cache=True, **options)(function)
+        return compiler(*signature, **options)(function)
+
+    return compile
+
+
 def loop(signature: object) -> Any:
-    """Compiled when its module is first imported on a machine, and kept in numba's cache."""
-    return nb.njit(signature, fastmath=FAST, nogil=True, cache=KEPT, error_model="numpy")
+    """Compiled when its module is first imported on a machine."""
+    return kept(nb.njit, signature, fastmath=FAST, nogil=True, error_model="numpy")

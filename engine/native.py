@@ -19,7 +19,7 @@ from torch import Tensor, device, empty, get_num_threads, is_grad_enabled
 from torch import float32 as float_
 from torch.compiler import is_compiling
 
-from engine.loops import CACHE, CUBE, FAST, KEPT, PLACES, ROW, STRIDED, TABLE, Floats, loop
+from engine.loops import CACHE, CUBE, FAST, PLACES, ROW, STRIDED, TABLE, Floats, kept, loop
 from engine.openmp import GIVEN, OPTIONS, at, part, parts, share
 
 _CPU = device("cpu")
@@ -78,7 +78,7 @@ def add_rms_norm(states: Tensor, added: Tensor, weight: Tensor, epsilon: float) 
     return sums, out
 
 
-@nb.njit(float32(float32), fastmath={"contract"}, nogil=True, cache=KEPT)
+@kept(nb.njit, float32(float32), fastmath={"contract"}, nogil=True)
 def exp(x: np.float32) -> np.float32:
     """E to a power of 0 or less (below -87: as -87), to a unit in the last place or two, in steps that vectors have.
 
@@ -168,7 +168,7 @@ def store(
 MANY_REGISTERS = llvm.get_host_cpu_features().get("avx512vl", False)
 
 
-@nb.njit(void(TABLE, TABLE, TABLE, int64), fastmath=FAST, nogil=True, cache=KEPT)
+@kept(nb.njit, void(TABLE, TABLE, TABLE, int64), fastmath=FAST, nogil=True)
 def _four_outputs(weight: Floats, states: Floats, out: Floats, j: int) -> None:
     """Four outputs of four tokens at a time; of one token at a time what is left."""
     tokens, inputs = states.shape
@@ -216,7 +216,7 @@ def _four_outputs(weight: Floats, states: Floats, out: Floats, j: int) -> None:
         out[t, j], out[t, j + 1], out[t, j + 2], out[t, j + 3] = a0, b0, c0, d0
 
 
-@nb.njit(void(TABLE, TABLE, TABLE, int64), fastmath=FAST, nogil=True, cache=KEPT)
+@kept(nb.njit, void(TABLE, TABLE, TABLE, int64), fastmath=FAST, nogil=True)
 def _two_outputs(weight: Floats, states: Floats, out: Floats, j: int) -> None:
     """Two outputs of four tokens at a time; of one token at a time what is left."""
     tokens, inputs = states.shape
@@ -248,7 +248,7 @@ def _two_outputs(weight: Floats, states: Floats, out: Floats, j: int) -> None:
         out[t, j], out[t, j + 1] = a0, b0
 
 
-@nb.njit(void(TABLE, TABLE, TABLE, int64, int64), fastmath=FAST, nogil=True, cache=KEPT)
+@kept(nb.njit, void(TABLE, TABLE, TABLE, int64, int64), fastmath=FAST, nogil=True)
 def some_outputs(weight: Floats, states: Floats, out: Floats, first: int, end: int) -> None:
     """Outputs `first` to `end` (excluded): as many sums at once as registers hold, so that weights are read once."""
     j = first
@@ -269,7 +269,7 @@ def some_outputs(weight: Floats, states: Floats, out: Floats, first: int, end: i
             out[t, j] = total
 
 
-@nb.cfunc(GIVEN, cache=KEPT, **OPTIONS)
+@kept(nb.cfunc, GIVEN, **OPTIONS)
 def _some_of_a_product(given: Any) -> None:
     outputs, inputs, tokens = given[1], given[2], given[4]
     share = -(-outputs // parts())
@@ -287,18 +287,18 @@ def _some_of_a_product(given: Any) -> None:
 class Product:
     """Weights [outputs, inputs], which must stay where they are, times a few states [tokens, inputs].
 
-    For one thread at a time. The memory is handed on as addresses: arrays would cost a tenth of a small product.
+    The memory is handed on as addresses: arrays would cost a tenth of a small product.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.contiguous()
         self.outputs = len(weight)
-        self._given = (c_int64 * 6)(self.weight.data_ptr(), *weight.shape)
+        self._weights = self.weight.data_ptr(), *weight.shape
 
     def __call__(self, states: Tensor) -> Tensor:
         """Gives [tokens, outputs]."""
         states = states.contiguous()
         out = empty(len(states), self.outputs)
-        self._given[3:] = [states.data_ptr(), len(states), out.data_ptr()]
-        share(_some_of_a_product, self._given, get_num_threads())
+        given = (c_int64 * 6)(*self._weights, states.data_ptr(), len(states), out.data_ptr())
+        share(_some_of_a_product, given, get_num_threads())
         return out

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from numba import carray, float32, int64, void
 from torch import Tensor, empty, get_num_threads
 
-from engine.loops import CACHE, FAST, HIDDEN, HIDDEN_ROW, KEPT, TABLE, Floats, loop
+from engine.loops import CACHE, FAST, HIDDEN, HIDDEN_ROW, TABLE, Floats, kept, loop
 from engine.native import exp
 from engine.openmp import GIVEN, OPTIONS, at, part, parts, share
 
@@ -100,7 +100,7 @@ def _attend_head(
 _ATTENDED = void(TABLE, int64, CACHE, CACHE, HIDDEN, int64, HIDDEN, int64, float32, TABLE, int64, int64)
 
 
-@nb.njit(_ATTENDED, fastmath=FAST, nogil=True, cache=KEPT, error_model="numpy")
+@kept(nb.njit, _ATTENDED, fastmath=FAST, nogil=True, error_model="numpy")
 def attend_heads(
     q: Floats,
     n_heads: int,
@@ -139,7 +139,7 @@ def attend_heads(
         )
 
 
-@nb.cfunc(GIVEN, cache=KEPT, **OPTIONS)
+@kept(nb.cfunc, GIVEN, **OPTIONS)
 def _attend_some(given: Any) -> None:
     """This thread's part of a layer's attention."""
     n_tokens, stride, n_heads = given[1], given[2], given[3]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from numba import carray, float32, int64, void
 from torch import Tensor, empty, get_num_threads
 
-from engine.loops import FAST, KEPT, TABLE, Floats
+from engine.loops import FAST, TABLE, Floats, kept
 from engine.native import MANY_REGISTERS, exp, some_outputs
 from engine.native_attention import ALL, attend_heads, spans
 from engine.openmp import GIVEN, OPTIONS, at, barrier, part, parts, share
@@ -63,7 +63,7 @@ _WEIGHTS = (
     "down_bias",
 )
 _N_WEIGHTS = len(_WEIGHTS)
-_KEYS, _VALUES, _WINDOW = _N_WEIGHTS, _N_WEIGHTS + 1, _N_WEIGHTS + 2
+_WINDOW = _N_WEIGHTS
 
 
 @nb.njit(inline="always")
@@ -76,7 +76,7 @@ def _whole(address: int, shape: Any) -> Addresses:
     return carray(at(address), shape, np.int64)
 
 
-@nb.njit(void(TABLE, int64, float32, TABLE), fastmath=FAST, nogil=True, cache=KEPT, error_model="numpy")
+@kept(nb.njit, void(TABLE, int64, float32, TABLE), fastmath=FAST, nogil=True, error_model="numpy")
 def _norm(states: Floats, weight_at: int, epsilon: float, out: Floats) -> None:
     tokens, width = states.shape
     weight = _floats(weight_at, width)
@@ -90,7 +90,7 @@ def _norm(states: Floats, weight_at: int, epsilon: float, out: Floats) -> None:
             normed[i] = state[i] * scale * weight[i]
 
 
-@nb.njit(void(int64, int64, TABLE, TABLE, int64, int64), fastmath=FAST, nogil=True, cache=KEPT, error_model="numpy")
+@kept(nb.njit, void(int64, int64, TABLE, TABLE, int64, int64), fastmath=FAST, nogil=True, error_model="numpy")
 def _multiply(weight_at: int, bias_at: int, states: Floats, out: Floats, first: int, end: int) -> None:
     """Outputs `first` to `end` of a product."""
     tokens, inputs = states.shape
@@ -102,7 +102,7 @@ def _multiply(weight_at: int, bias_at: int, states: Floats, out: Floats, first: 
                 out[token, j] += bias[j]
 
 
-@nb.njit(void(TABLE, TABLE), fastmath=FAST, nogil=True, cache=KEPT)
+@kept(nb.njit, void(TABLE, TABLE), fastmath=FAST, nogil=True)
 def _add(states: Floats, added: Floats) -> None:
     for token in range(states.shape[0]):
         state, more = states[token], added[token]
@@ -110,7 +110,7 @@ def _add(states: Floats, added: Floats) -> None:
             state[i] += more[i]
 
 
-@nb.njit(nb.types.UniTuple(int64, 2)(int64, int64, int64), nogil=True, cache=KEPT)
+@kept(nb.njit, nb.types.UniTuple(int64, 2)(int64, int64, int64), nogil=True)
 def _mine(outputs: int, me: int, threads: int) -> tuple[int, int]:
     """This thread's share of so many outputs, in fours."""
     fours = (outputs + 3) // 4
@@ -136,7 +136,7 @@ def _turn(head: Floats, norms_at: int, epsilon: float, cos: Floats, sin: Floats)
         head[half + i] = second * cos[half + i] + first * sin[half + i]
 
 
-@nb.njit(void(TABLE, int64, int64, int64), fastmath=FAST, nogil=True, cache=KEPT, error_model="numpy")
+@kept(nb.njit, void(TABLE, int64, int64, int64), fastmath=FAST, nogil=True, error_model="numpy")
 def _gate(both: Floats, gated_at: int, first: int, end: int) -> None:
     """silu(gate) · up for some of the outputs."""
     tokens, inner = both.shape[0], both.shape[1] // 2
@@ -152,12 +152,12 @@ def _gate(both: Floats, gated_at: int, first: int, end: int) -> None:
             out[i] = x * sigmoid * row[inner + i]
 
 
-@nb.cfunc(GIVEN, cache=KEPT, **OPTIONS)
+@kept(nb.cfunc, GIVEN, **OPTIONS)
 def _run_layers(given: Any) -> None:
     """What one thread does of all layers from `first` to `end`."""
     first, end, tokens, hidden = given[1], given[2], given[3], given[4]
     n_heads, n_kv, size, inner = given[5], given[6], given[7], given[8]
-    weights = _whole(given[0], (end, _N_WEIGHTS + 3))
+    weights = _whole(given[0], (end, _N_WEIGHTS + 1))
     n_all = n_heads + 2 * n_kv
     qkv = _floats(given[10], (tokens, n_all * size))
     attended, added = _floats(given[11], (tokens, n_heads * size)), _floats(given[12], (tokens, hidden))
@@ -169,12 +169,14 @@ def _run_layers(given: Any) -> None:
     numbers = _floats(given[24], 2)
     scale, epsilon = numbers[0], numbers[1]
     cache = given[25], n_kv, given[26], size
+    of_a_layer = 4 * given[25] * n_kv * given[26] * size
     me, threads = int64(part()), int64(parts())
     states, normed = np.empty((tokens, hidden), np.float32), np.empty((tokens, hidden), np.float32)
     states[:] = _floats(given[9], (tokens, hidden))
     for layer in range(first, end):
         own = weights[layer]
-        keys, values = _floats(own[_KEYS], cache), _floats(own[_VALUES], cache)
+        before = layer * of_a_layer
+        keys, values = _floats(given[28] + before, cache), _floats(given[29] + before, cache)
         _norm(states, own[0], epsilon, normed)
         begin, stop = _mine(n_all * size, me, threads)
         _multiply(own[1], own[2], normed, qkv, begin, stop)
@@ -223,7 +225,7 @@ def _run_layers(given: Any) -> None:
         _floats(given[27], (tokens, hidden))[:] = states
 
 
-@nb.cfunc(GIVEN, cache=KEPT, **OPTIONS)
+@kept(nb.cfunc, GIVEN, **OPTIONS)
 def _fill_layers(given: Any) -> None:
     """What one thread does of the keys and values of all layers from `first` to `end`."""
     first, end, tokens, hidden, n_heads, n_kv, size = (
@@ -235,18 +237,20 @@ def _fill_layers(given: Any) -> None:
         given[6],
         given[7],
     )
-    weights = _whole(given[0], (end, _N_WEIGHTS + 3))
+    weights = _whole(given[0], (end, _N_WEIGHTS + 1))
     states, both = _floats(given[9], (tokens, hidden)), _floats(given[10], (tokens, 2 * n_kv * size))
     cos, sin = _floats(given[15], (tokens, size)), _floats(given[16], (tokens, size))
     token_rows, positions = _whole(given[17], tokens), _whole(given[18], tokens)
     epsilon = _floats(given[24], 2)[1]
     cache = given[25], n_kv, given[26], size
+    of_a_layer = 4 * given[25] * n_kv * given[26] * size
     me, threads = int64(part()), int64(parts())
     normed = np.empty((tokens, hidden), np.float32)
     begin, stop = _mine(2 * n_kv * size, me, threads)
     for layer in range(first, end):
         own = weights[layer]
-        keys, values = _floats(own[_KEYS], cache), _floats(own[_VALUES], cache)
+        before = layer * of_a_layer
+        keys, values = _floats(given[28] + before, cache), _floats(given[29] + before, cache)
         _norm(states, own[0], epsilon, normed)
         skipped = 4 * n_heads * size
         _multiply(own[1] + skipped * hidden, own[2] + skipped if own[2] else 0, normed, both, begin, stop)
@@ -264,7 +268,7 @@ def _fill_layers(given: Any) -> None:
 
 
 class LlamaLayers:
-    """All layers of a model. For one thread at a time; the weights must stay where they are."""
+    """All layers of a model, whose weights must stay where they are."""
 
     def __init__(
         self,
@@ -281,12 +285,11 @@ class LlamaLayers:
         self.layers = layers  # kept alive, like everything else whose address is handed on
         self._sizes = n_heads, n_kv_heads, head_size, inner
         self._numbers = np.array([scale, epsilon], np.float32)
-        self._weights = np.zeros((len(layers), _N_WEIGHTS + 3), np.int64)
+        self._weights = np.zeros((len(layers), _N_WEIGHTS + 1), np.int64)
         for row, layer in zip(self._weights, layers, strict=True):
             tensors = [getattr(layer, name) for name in _WEIGHTS]
             row[:_N_WEIGHTS] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
             row[_WINDOW] = layer.window or 0
-        self._cache: KeyValues | None = None
 
     def run(
         self,
@@ -332,7 +335,6 @@ class LlamaLayers:
         n_heads, n_kv_heads, size, inner = self._sizes
         states = states.contiguous()
         tokens, hidden = states.shape
-        self._look_at(cache)
         widths = (n_heads + 2 * n_kv_heads) * size, n_heads * size, hidden, 2 * inner, inner
         buffers = [empty(tokens, width) for width in widths]
         out = empty(tokens, hidden)
@@ -340,7 +342,7 @@ class LlamaLayers:
         cos, sin = place
         places = spans(span.rows, span.starts, span.counts)
         visible = ALL if cache.visible is None else cache.visible.numpy()
-        given = (c_int64 * 28)(
+        given = (c_int64 * 30)(
             self._weights.ctypes.data,
             first,
             end,
@@ -361,12 +363,8 @@ class LlamaLayers:
             cache.n_rows,
             cache.n_positions,
             out.data_ptr(),
+            cache.keys.data_ptr(),
+            cache.values.data_ptr(),
         )
         share(loop, given, get_num_threads())
         return out
-
-    def _look_at(self, cache: "KeyValues") -> None:
-        if self._cache is not cache:
-            self._cache = cache
-            self._weights[:, _KEYS] = [keys.data_ptr() for keys in cache.keys]
-            self._weights[:, _VALUES] = [values.data_ptr() for values in cache.values]

@@ -26,10 +26,11 @@ OPTIONS: dict[str, Any] = {"nopython": True, "error_model": "numpy"}
 def _library() -> ctypes.CDLL | None:
     """The OpenMP library of PyTorch; None where it has another kind of threads."""
     try:
-        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
+        mappings = Path("/proc/self/maps").read_text().splitlines()
     except OSError:  # no Linux
         return None
-    home = str(Path(torch.__file__).parent)
+    home = str(Path(torch.__file__).resolve().parent)
+    loaded = {mapping.split(maxsplit=5)[-1] for mapping in mappings if "omp" in mapping}  # a path may have spaces
     names = [path for path in loaded if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))]
     for path in sorted(names, key=lambda path: not path.startswith(home)):
         library = ctypes.CDLL(path)

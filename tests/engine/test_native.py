@@ -1,21 +1,27 @@
 """The CPU's own loops: each against PyTorch on shapes that fill no vector, and an engine without them."""
 
+import gc
 import os
+import resource
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numba as nb
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import random_prompts
 from torch import Tensor
 
-from engine import native, native_attention
+from engine import loops, native, native_attention, openmp
 from engine.architectures.llama import LlamaStack
 from engine.attention import StepAttention
-from engine.engine import Engine
+from engine.cache import Span
+from engine.engine import Engine, Prefilled
 from engine.loading import load_model, resolve_model
 from engine.native_attention import Attention
 from engine.native_layers import LlamaLayers
@@ -146,6 +152,47 @@ def test_an_engine_without_them_writes_the_same(
     assert set(calls) == {"StepAttention"}
 
 
+def test_two_threads_use_one_engine_at_once(tiny_engine: Callable[..., Engine]) -> None:
+    """Protects callers with threads of their own: each has its own cache, and none writes into the other's."""
+    engine = tiny_engine("llama")
+    starts = [engine.prefill(random_prompts(5, seed=seed), 40) for seed in (4, 5)]
+
+    def written(start: Prefilled) -> list[list[int]]:
+        done = engine.decode(start, POLICIES[0], max_new_tokens=40, ends_with_line=False)
+        return [completion.token_ids for completion in done.completions]
+
+    alone = [written(start) for start in starts]
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(written, starts * 8)) == alone * 8
+
+
+def test_a_cache_is_gone_when_its_batch_is(tiny_engine: Callable[..., Engine]) -> None:
+    """Protects memory: what is held longer comes on top of the next batch, and of a smaller one after a failure."""
+    engine = tiny_engine("llama")
+    start = engine.prefill(random_prompts(5, seed=4), 12)
+    assert engine.stack.together is not None
+    cache = start.start.copy().cache
+    with torch.inference_mode():
+        engine.stack.run(torch.ones(1, engine.stack.hidden_size), Span([0], [1], [1]), cache, 0, 2)
+    held = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert held() is None
+
+
+def test_the_library_of_threads_in_a_folder_with_a_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Protects environments in such folders: the engine could not even be imported there."""
+    if not openmp.available():
+        pytest.skip("PyTorch has threads of another kind here")
+    mappings = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line]
+    real = next(Path(fields[-1]) for fields in mappings if Path(fields[-1]).name.startswith(("libgomp", "libomp")))
+    moved = tmp_path / "my projects" / real.name
+    moved.parent.mkdir()
+    moved.symlink_to(real)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"7f00-7f01 r-xp 00000000 08:01 7   {moved}\n")
+    assert openmp._library.__wrapped__() is not None
+
+
 def test_a_class_of_its_own_runs_its_own_layers(tiny_folder: Callable[[str], Path]) -> None:
     """Protects families of third parties: what they do otherwise in a layer is done, not what Llama does."""
 
@@ -176,3 +223,27 @@ print(openmp.available(), native.Product(torch.ones(3, 4))(torch.ones(2, 4)).sum
     )
     assert done.stdout.split() == ["False", "24.0"]
     assert any(tmp_path.glob("numba/*/*")) == (not cache)
+
+
+def test_loops_where_the_disk_is_full_or_what_was_kept_is_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Protects machines on which nothing more can be kept, and those that lost power: they compile, no more."""
+    monkeypatch.setattr(nb.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(loops, "KEPT", True)
+
+    def result() -> int:
+        return int(loops.kept(nb.njit, nb.int64(nb.int64))(lambda x: 2 * x)(3))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        assert result() == 6
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result() == 6
+    indexes = list(tmp_path.glob("*/*.nbi"))
+    assert indexes
+    for index in indexes:
+        index.write_bytes(b"")
+    assert result() == 6

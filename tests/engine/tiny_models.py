@@ -93,6 +93,7 @@ CONFIGS = {
     "llama wide heads": LlamaConfig(**_LLAMA | {"head_dim": 16}),
     "llama attention bias": LlamaConfig(**_LLAMA | {"attention_bias": True}),
     "llama mlp bias": LlamaConfig(**_LLAMA | {"mlp_bias": True, "hidden_act": "gelu"}),
+    "llama every bias": LlamaConfig(**_LLAMA | {"attention_bias": True, "mlp_bias": True}),
     "llama rope theta": _llama_rope(rope_type="default", rope_theta=500.0),
     "llama rope linear": _llama_rope(rope_type="linear", factor=3.0),
     "llama rope llama3": _llama_rope(**_LLAMA3_ROPE),
