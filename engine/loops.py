@@ -25,11 +25,10 @@ def _can_be_kept() -> bool:
     One for each processor, and for each text of these files, since numba looks at the file of a loop and not at those
     that it calls.
     """
-    if nb.config.CACHE_DIR:
-        return True
     texts = [Path(__file__), *sorted(Path(__file__).parent.glob("native*.py")), Path(openmp.__file__)]
     version = crc32(b"".join(text.read_bytes() for text in texts))
-    folder = cache_folder() / "numba" / f"{llvm.get_host_cpu_name()}-{version:08x}"
+    chosen = nb.config.CACHE_DIR  # NUMBA_CACHE_DIR
+    folder = (Path(chosen) if chosen else cache_folder() / "numba") / f"{llvm.get_host_cpu_name()}-{version:08x}"
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     nb.config.CACHE_DIR = str(folder) if os.access(folder, os.W_OK) else ""

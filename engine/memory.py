@@ -55,6 +55,7 @@ def forget_pages(tensor: "torch.Tensor") -> None:
     """Take the pages of a weights file that a tensor lies on out of this process's memory: it is not read again soon.
 
     A file that is mapped stays so while any of its tensors lives. Does nothing for other memory, and off Linux.
+    What was written into a mapped tensor is lost.
     """
     begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     page = mmap.PAGESIZE

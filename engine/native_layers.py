@@ -288,6 +288,7 @@ class LlamaLayers:
         self._weights = np.zeros((len(layers), _N_WEIGHTS + 1), np.int64)
         for row, layer in zip(self._weights, layers, strict=True):
             tensors = [getattr(layer, name) for name in _WEIGHTS]
+            assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
             row[:_N_WEIGHTS] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
             row[_WINDOW] = layer.window or 0
 
