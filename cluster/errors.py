@@ -1,8 +1,14 @@
 """What can go wrong in the cluster.
 
 ClusterError
-└── FleetError   no worker could be had, or they died one after the other; the job stays as it is
+├── FleetError    no worker could be had, or they died one after the other; the job stays as it is
+└── ServerError   the server is not there, or failed
+
+BadInput (of the engine)
+└── NotAllowed    the server knows no such key, or the key may not do that
 """
+
+from engine.errors import BadInput
 
 
 class ClusterError(Exception):
@@ -11,3 +17,11 @@ class ClusterError(Exception):
 
 class FleetError(ClusterError):
     """No worker could be had, or workers died one after the other. What is done is kept, and the job can be resumed."""
+
+
+class ServerError(ClusterError):
+    """The server cannot be reached, is busy for long, or failed. What was asked for may have been done."""
+
+
+class NotAllowed(BadInput):
+    """The server knows no such API key, or it may not do that. Nothing was changed."""

@@ -6,7 +6,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from db import events
 from db.clock import now
-from db.errors import BadInput
+from db.errors import BadInput, Conflict, Missing
 from db.events import LOCAL, What
 from db.planning import plan_job
 from db.queue import NEW_TASK, OPEN, end_job, reopen_job
@@ -69,7 +69,7 @@ def create_job(
     """Write a job and its prepare task. Returns the job's id.
 
     The same principal with the same key and body hash again gets the job that is there, and nothing is written; with
-    another body hash `BadInput`. Of several at the same moment one writes.
+    another body hash `Conflict`. Of several at the same moment one writes.
     """
     new = {"name": name, "spec": spec, "state": JobState.PREPARING, "priority": priority, "created_at": now()}
     new |= {"principal": principal, "idempotency_key": idempotency_key, "body_hash": body_hash}
@@ -87,13 +87,13 @@ def create_job(
 
 
 def _of_key(connection: Connection, principal: str, key: str, body_hash: str | None) -> int:
-    """The job that the principal submitted under the key. Raises `BadInput` where it was asked for something else."""
+    """The job that the principal submitted under the key. Raises `Conflict` where it was asked for something else."""
     asked = select(job_table.c.id, job_table.c.body_hash).where(
         job_table.c.principal == principal, job_table.c.idempotency_key == key
     )
     found = connection.execute(asked).one()
     if found.body_hash != body_hash:
-        raise BadInput(
+        raise Conflict(
             f"key {key!r} belongs to job {found.id}, which was submitted with another spec; take another key."
         )
     return int(found.id)
@@ -136,7 +136,7 @@ def _set_paused(connection: Connection, job_id: int, paused: bool, who: str) -> 
 def retry_job(db: Database, job_id: int, *, who: str = LOCAL) -> int:
     """Make the job's dead tasks ready again with fresh attempts, also when it has failed. Returns how many.
 
-    Raises `BadInput` where the job was cancelled: the tasks that were open then are gone.
+    Raises `Conflict` where the job was cancelled: the tasks that were open then are gone.
     """
     with db.write() as connection:
         return _retry(connection, job_id, who)
@@ -158,7 +158,7 @@ def _retry(connection: Connection, job_id: int, who: str) -> int:
     if not kinds:
         return 0
     if not reopen_job(connection, job_id, kinds):
-        raise BadInput(f"job {job_id} was cancelled, and what was left of it is gone; submit it again.")
+        raise Conflict(f"job {job_id} was cancelled, and what was left of it is gone; submit it again.")
     events.record(connection, job_id, who, What.RETRIED, tasks=len(kinds))
     return len(kinds)
 
@@ -172,11 +172,11 @@ def dead_tasks(db: Database, job_id: int) -> list[DeadTask]:
 
 
 def job(db: Database, job_id: int) -> JobRow:
-    """Raises `BadInput` where there is no such job."""
+    """Raises `Missing` where there is no such job."""
     with db.read() as connection:
         row = connection.execute(select(job_table).where(job_table.c.id == job_id)).one_or_none()
     if row is None:
-        raise BadInput(f"job {job_id} does not exist; `shortstop list` shows those that do.")
+        raise Missing(f"job {job_id} does not exist; `shortstop list` shows those that do.")
     return _job(row)
 
 
