@@ -11,8 +11,9 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, delete, insert, or_, select, update
+from sqlalchemy import Row, and_, bindparam, delete, insert, or_, select, update
 
 from db.clock import now
 from db.errors import BadInput, Missing
@@ -53,6 +54,17 @@ class KeyRow:
 
 
 _COLUMNS = [api_key.c[name] for name in KeyRow.__dataclass_fields__]
+_LAST = api_key.c.last_used_at
+_STALE = or_(_LAST.is_(None), now() - USED_SECONDS > _LAST)
+_VALID = and_(api_key.c.revoked_at.is_(None), or_(api_key.c.expires_at.is_(None), api_key.c.expires_at > now()))
+# made once: every request of the server asks one of them, and making it takes longer than the answer
+_BY_ID = select(api_key.c.secret_hash, _STALE, *_COLUMNS).where(api_key.c.id == bindparam("id"), _VALID)
+_BY_SESSION = (
+    select(api_key.c.secret_hash, _STALE, *_COLUMNS)
+    .join(browser_session)
+    .where(browser_session.c.token_hash == bindparam("hash"), browser_session.c.expires_at > now(), _VALID)
+)
+_ANY = select(api_key.c.id).limit(1)
 
 
 def create_key(
@@ -65,7 +77,7 @@ def create_key(
     if not _NAME.fullmatch(name) or name == LOCAL:
         raise BadInput(f"name {name!r}: give 1 to 100 letters, digits or . _ @ + -, and not {LOCAL!r}.")
     id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
-    values = {"id": id, "name": name, "secret_hash": _hash(secret), "created_at": now()}
+    values: dict[str, Any] = {"id": id, "name": name, "secret_hash": _hash(secret), "created_at": now()}
     values |= {"scopes": _known(scopes), "expires_at": None if lifetime_s is None else now() + lifetime_s}
     with db.write() as connection:
         row = connection.execute(insert(api_key).values(values).returning(*_COLUMNS)).one()
@@ -99,9 +111,8 @@ def revoke_key(db: Database, id: str) -> KeyRow:
 
 def any_key(db: Database, *, valid: bool = False) -> bool:
     """Whether there was ever a key; valid: whether there is one that lets somebody in."""
-    chosen = select(api_key.c.id).limit(1)
     with db.read() as connection:
-        return connection.execute(chosen.where(_valid()) if valid else chosen).first() is not None
+        return connection.execute(_ANY.where(_VALID) if valid else _ANY).first() is not None
 
 
 def find_key(db: Database, key: str) -> KeyRow | None:
@@ -110,19 +121,16 @@ def find_key(db: Database, key: str) -> KeyRow | None:
     if form is None:
         return None
     id, secret = form.groups()
-    chosen = select(api_key.c.secret_hash, _stale(), *_COLUMNS).where(api_key.c.id == id, _valid())
     with db.read() as connection:
-        row = connection.execute(chosen).one_or_none()
+        row = connection.execute(_BY_ID, {"id": id}).one_or_none()
     is_right = hmac.compare_digest(_hash(secret), _NOBODY if row is None else row[0])
     return _noted(db, row) if row is not None and is_right else None
 
 
 def find_session(db: Database, token: str) -> KeyRow | None:
     """The row of the key that the browser with this token is logged in with, while both are valid."""
-    chosen = select(api_key.c.secret_hash, _stale(), *_COLUMNS).join(browser_session)
-    chosen = chosen.where(browser_session.c.token_hash == _hash(token), browser_session.c.expires_at > now(), _valid())
     with db.read() as connection:
-        row = connection.execute(chosen).one_or_none()
+        row = connection.execute(_BY_SESSION, {"hash": _hash(token)}).one_or_none()
     return None if row is None else _noted(db, row)
 
 
@@ -142,27 +150,18 @@ def close_session(db: Database, token: str) -> None:
         connection.execute(delete(browser_session).where(browser_session.c.token_hash == _hash(token)))
 
 
-def _valid() -> ColumnElement[bool]:
-    return and_(api_key.c.revoked_at.is_(None), or_(api_key.c.expires_at.is_(None), api_key.c.expires_at > now()))
-
-
-def _stale() -> ColumnElement[bool]:
-    last = api_key.c.last_used_at
-    return or_(last.is_(None), last < now() - USED_SECONDS)
-
-
-def _noted(db: Database, row: Row[tuple[object, ...]]) -> KeyRow:
+def _noted(db: Database, row: Row[Any]) -> KeyRow:
     """row: (hash, whether the last use is to be written, the columns)."""
-    found = _row(row[2:])
+    found = _row(tuple(row)[2:])
     if row[1]:
         with db.write() as connection:
-            connection.execute(update(api_key).where(api_key.c.id == found.id, _stale()).values(last_used_at=now()))
+            connection.execute(update(api_key).where(api_key.c.id == found.id, _STALE).values(last_used_at=now()))
     return found
 
 
-def _row(row: Sequence[object]) -> KeyRow:
+def _row(row: Sequence[Any]) -> KeyRow:
     fields = dict(zip(KeyRow.__dataclass_fields__, row, strict=True))
-    return KeyRow(**fields | {"scopes": tuple(map(Scope, fields["scopes"]))})  # type: ignore[arg-type, call-overload]
+    return KeyRow(**fields | {"scopes": tuple(map(Scope, fields["scopes"]))})
 
 
 def _hash(secret: str) -> str:

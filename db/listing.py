@@ -2,8 +2,10 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select
+from sqlalchemy import Select, bindparam, func, or_, select
 
 from db.clock import now
 from db.records import JobState, TaskState
@@ -47,6 +49,8 @@ class WorkerRow:
 
 
 _MODEL = job.c.spec["model"].as_string().label("model")
+#: what LIKE reads otherwise than as itself
+_LITERAL = str.maketrans({mark: f"\\{mark}" for mark in "%_\\"})
 _SUMMARY = [_MODEL if name == "model" else job.c[name] for name in JobSummary.__dataclass_fields__]
 
 
@@ -60,24 +64,27 @@ def summaries(
     principal: str | None = None,
 ) -> list[JobSummary]:
     """Newest first. before: only jobs of a lower number; search: part of the name or the model, in any case."""
-    chosen = select(*_SUMMARY).where(*_wanted(before, states, search, principal)).order_by(job.c.id.desc()).limit(limit)
-    with db.read() as connection:
-        return [JobSummary(row[0], row[1], JobState(row[2]), *row[3:]) for row in connection.execute(chosen)]
-
-
-def _wanted(
-    before: int | None, states: Collection[str], search: str | None, principal: str | None
-) -> list[ColumnElement[bool]]:
-    wanted: list[ColumnElement[bool]] = []
-    if before is not None:
-        wanted.append(job.c.id < before)
-    if states:
-        wanted.append(job.c.state.in_(states))
-    if principal is not None:
-        wanted.append(job.c.principal == principal)
+    wanted = {"before": before, "states": list(states), "principal": principal, "limit": limit}
+    given = {name: value for name, value in wanted.items() if value not in (None, [])}
     if search:
-        wanted.append(or_(job.c.name.icontains(search, autoescape=True), _MODEL.icontains(search, autoescape=True)))
-    return wanted
+        given["search"] = f"%{search.translate(_LITERAL)}%"
+    with db.read() as connection:
+        rows = connection.execute(_asked(frozenset(given)), given)
+        return [JobSummary(row[0], row[1], JobState(row[2]), *row[3:]) for row in rows]
+
+
+@cache
+def _asked(given: frozenset[str]) -> Select[Any]:
+    """The question with these of its parameters: made once, which takes longer than the answer."""
+    sought = func.lower(bindparam("search"))
+    conditions = {
+        "before": job.c.id < bindparam("before"),
+        "states": job.c.state.in_(bindparam("states", expanding=True)),
+        "principal": job.c.principal == bindparam("principal"),
+        "search": or_(*(func.lower(part).like(sought, escape="\\") for part in (job.c.name, _MODEL))),
+    }
+    chosen = select(*_SUMMARY).where(*(condition for name, condition in conditions.items() if name in given))
+    return chosen.order_by(job.c.id.desc()).limit(bindparam("limit") if "limit" in given else None)
 
 
 def workers(db: Database) -> list[WorkerRow]:
@@ -87,10 +94,10 @@ def workers(db: Database) -> list[WorkerRow]:
     held = held.where(task.c.state == TaskState.LEASED).order_by(task.c.worker, task.c.id)
     idle = select(idle_worker.c.worker).where(idle_worker.c.asked_at > now() - _SILENT_SECONDS)
     with db.read() as connection:
-        working = [WorkerRow(*row) for row in connection.execute(held)]
+        working = [WorkerRow(*tuple(row)) for row in connection.execute(held)]
         busy = {row.worker for row in working}
         waiting = sorted(name for name in connection.execute(idle).scalars() if name not in busy)
-    return [*working, *(WorkerRow(name, *[None] * 8) for name in waiting)]
+    return [*working, *(WorkerRow(name, None, None, None, None, None, None, None, None) for name in waiting)]
 
 
 def counts(db: Database) -> tuple[dict[str, int], dict[tuple[str, str], int]]:

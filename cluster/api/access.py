@@ -75,7 +75,8 @@ async def authenticated(request: Request) -> Caller:
         state.rate.take(row.id)
         return Caller(row.name, frozenset(row.scopes), row.id)
     if token is not None:
-        row = await to_thread.run_sync(keys.find_session, state.db, token) or _stranger(request)
+        logged_in = await to_thread.run_sync(keys.find_session, state.db, token)
+        row = logged_in or _stranger(request)
         state.rate.take(row.id)
         check_same_site(request)
         if request.method not in _SAFE and not _equal(request.headers.get(CSRF_HEADER, ""), csrf_token(token)):
@@ -100,7 +101,8 @@ async def still_valid(request: Request, caller: Caller) -> bool:
 async def found_key(request: Request, key: str) -> KeyRow:
     """The row of a key that lets its owner in. Raises `Problem`."""
     state: State = request.app.state.shortstop
-    return await to_thread.run_sync(keys.find_key, state.db, key) or _stranger(request)
+    row = await to_thread.run_sync(keys.find_key, state.db, key)
+    return row or _stranger(request)
 
 
 def _stranger(request: Request) -> NoReturn:

@@ -5,13 +5,13 @@ from starlette.responses import PlainTextResponse
 
 from cluster.api.access import Reader
 from cluster.api.jobs import Shared
-from cluster.api.problems import described
+from cluster.api.problems import described, streams
 from db import events, listing
 from db.session import Database
 
 router = APIRouter(tags=["probes"])
 
-_TEXT = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+_TEXT = streams("text/plain")
 
 
 @router.get("/healthz", response_class=PlainTextResponse, responses=_TEXT)

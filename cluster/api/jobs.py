@@ -1,20 +1,22 @@
 """Jobs over HTTP: submitted, watched, changed, reported."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
-from starlette.responses import HTMLResponse, StreamingResponse
+from pydantic_core import to_json
+from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
 
 from cluster.api import examples
-from cluster.api.access import Reader, Submitter, still_valid
+from cluster.api.access import Caller, Reader, Submitter, still_valid
 from cluster.api.cursors import cursor, keys_of
 from cluster.api.limits import read_json
 from cluster.api.problems import described
-from cluster.api.state import State, StateOf
+from cluster.api.state import State, StateOf, told
+from cluster.local import Local
 from cluster.prepare import Validation
 from cluster.reports.model import JobReport
 from cluster.reports.page import render_page
@@ -63,38 +65,41 @@ class Added:
 @router.post(
     "/v1/jobs",
     status_code=202,
+    response_model=Submitted,
     responses=described("conflict", "too-large", "wrong-media-type"),
     openapi_extra=examples.body("JobSpec", examples.JOB),
 )
-def submit(
-    body: JsonBody, caller: Submitter, state: Shared, response: Response, idempotency_key: IdempotencyKey = None
-) -> Submitted:
+async def submit(body: JsonBody, caller: Submitter, state: Shared, idempotency_key: IdempotencyKey = None) -> Response:
     """Submit a job: written at once, prepared and worked on later.
 
     With an `Idempotency-Key` the request may be sent again: the same key and spec are the same job.
     """
-    spec = state.allowed.checked(parse_job(body))
-    job_id = state.service(caller.name).submit(spec, key=idempotency_key)
-    response.headers["Location"] = f"/v1/jobs/{job_id}"
-    return Submitted(job_id)
+
+    def write() -> Submitted:
+        spec = state.allowed.checked(parse_job(body))
+        return Submitted(state.service(caller.name).submit(spec, key=idempotency_key))
+
+    done = await to_thread.run_sync(write)
+    return JSONResponse(asdict(done), 202, {"Location": f"/v1/jobs/{done.job}"})
 
 
 @router.post(
     "/v1/validate",
+    response_model=Validation,
     responses=described("too-large", "wrong-media-type"),
     openapi_extra=examples.body("JobSpec", examples.JOB),
 )
-async def validate(body: JsonBody, caller: Submitter, state: Shared) -> Validation:
+async def validate(body: JsonBody, caller: Submitter, state: Shared) -> Response:
     """Check a spec and say what its job would do; nothing is written."""
 
     def check() -> Validation:
         return state.service(caller.name).validate(state.allowed.checked(parse_job(body)))
 
-    return await to_thread.run_sync(check, limiter=state.readers)
+    return await told(check, limiter=state.readers)
 
 
-@router.get("/v1/jobs", responses=described())
-def list_jobs(
+@router.get("/v1/jobs", response_model=JobPage, responses=described())
+async def list_jobs(
     caller: Reader,
     state: Shared,
     state_is: Annotated[list[JobState] | None, Query(alias="state", description="only jobs in one of these")] = None,
@@ -104,61 +109,68 @@ def list_jobs(
     principal: Annotated[str | None, Query(max_length=200, pattern=_TEXT, description="whose jobs")] = None,
     cursor_: Annotated[str | None, Query(alias="cursor", max_length=100, description="`next` of a page")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
-) -> JobPage:
+) -> Response:
     """The jobs, newest first."""
     before = None if cursor_ is None else keys_of(cursor_, 1)[0]
-    found = summaries(
-        state.db, before=before, limit=limit + 1, states=state_is or (), search=search, principal=principal
-    )
-    return JobPage(found[:limit], cursor(found[limit - 1].id) if len(found) > limit else None)
+
+    states = frozenset(state_is or ())
+
+    def page() -> bytes:
+        found = summaries(state.db, before=before, limit=limit + 1, states=states, search=search, principal=principal)
+        return to_json(JobPage(found[:limit], cursor(found[limit - 1].id) if len(found) > limit else None))
+
+    content = await state.together.ask(("jobs", before, limit, states, search, principal), page)
+    return Response(content, media_type="application/json")
 
 
-@router.get("/v1/jobs/{job_id}", responses=described("missing"))
-def show(job_id: JobId, caller: Reader, state: Shared) -> JobDetails:
+@router.get("/v1/jobs/{job_id}", response_model=JobDetails, responses=described("missing"))
+async def show(job_id: JobId, caller: Reader, state: Shared) -> Response:
     """One job: its state, how far it is, its spec, its runs, its dead tasks."""
-    return state.service(caller.name).job(job_id)
+    return await told(lambda: state.service(caller.name).job(job_id))
 
 
-@router.post("/v1/jobs/{job_id}/cancel", responses=described("missing", "conflict"))
-def cancel(job_id: JobId, caller: Submitter, state: Shared) -> JobRow:
+def _own(state: State, caller: Caller, job_id: int) -> Local:
+    """The service as who may change this job. Raises `Problem`, `Missing`."""
+    caller.check_owns(jobs.job(state.db, job_id).principal, job_id)
+    return state.service(caller.name)
+
+
+@router.post("/v1/jobs/{job_id}/cancel", response_model=JobRow, responses=described("missing", "conflict"))
+async def cancel(job_id: JobId, caller: Submitter, state: Shared) -> Response:
     """End a job before its time; what is done is kept."""
-    caller.check_owns(jobs.job(state.db, job_id).principal, job_id)
-    return state.service(caller.name).cancel(job_id)
+    return await told(lambda: _own(state, caller, job_id).cancel(job_id))
 
 
-@router.post("/v1/jobs/{job_id}/pause", responses=described("missing", "conflict"))
-def pause(job_id: JobId, caller: Submitter, state: Shared) -> JobRow:
+@router.post("/v1/jobs/{job_id}/pause", response_model=JobRow, responses=described("missing", "conflict"))
+async def pause(job_id: JobId, caller: Submitter, state: Shared) -> Response:
     """Let no more shards of a job begin; those in hand are finished."""
-    caller.check_owns(jobs.job(state.db, job_id).principal, job_id)
-    return state.service(caller.name).pause(job_id)
+    return await told(lambda: _own(state, caller, job_id).pause(job_id))
 
 
-@router.post("/v1/jobs/{job_id}/retry", responses=described("missing", "conflict"))
-def retry(job_id: JobId, caller: Submitter, state: Shared) -> Retried:
+@router.post("/v1/jobs/{job_id}/retry", response_model=Retried, responses=described("missing", "conflict"))
+async def retry(job_id: JobId, caller: Submitter, state: Shared) -> Response:
     """Give the dead tasks of a job fresh attempts."""
-    caller.check_owns(jobs.job(state.db, job_id).principal, job_id)
-    return state.service(caller.name).retry(job_id)
+    return await told(lambda: _own(state, caller, job_id).retry(job_id))
 
 
-@router.post("/v1/jobs/{job_id}/resume", responses=described("missing", "conflict"))
-def resume(job_id: JobId, caller: Submitter, state: Shared) -> Retried:
+@router.post("/v1/jobs/{job_id}/resume", response_model=Retried, responses=described("missing", "conflict"))
+async def resume(job_id: JobId, caller: Submitter, state: Shared) -> Response:
     """Let a job go on that was paused or failed."""
-    caller.check_owns(jobs.job(state.db, job_id).principal, job_id)
-    return state.service(caller.name).resume(job_id)
+    return await told(lambda: _own(state, caller, job_id).resume(job_id))
 
 
 @router.post(
     "/v1/jobs/{job_id}/policies",
     status_code=202,
+    response_model=Added,
     responses=described("missing", "conflict", "too-large", "wrong-media-type"),
     openapi_extra=examples.body(None, examples.POLICY),
 )
-def add_policy(body: JsonBody, job_id: JobId, caller: Submitter, state: Shared) -> Added:
+async def add_policy(body: JsonBody, job_id: JobId, caller: Submitter, state: Shared) -> Response:
     """Give a job that is done one more policy, in any form that a spec takes; only its runs are computed."""
     if not isinstance(body, str | dict):
         raise BadInput("policy: give a name, or a mapping of a name to its options.")
-    caller.check_owns(jobs.job(state.db, job_id).principal, job_id)
-    return Added(job_id, state.service(caller.name).add_policy(job_id, body))
+    return await told(lambda: Added(job_id, _own(state, caller, job_id).add_policy(job_id, body)), status_code=202)
 
 
 @router.get(

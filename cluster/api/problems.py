@@ -75,7 +75,16 @@ def answer(slug: str, detail: str, headers: dict[str, str] | None = None, **more
     return JSONResponse(content, status, headers, MEDIA_TYPE)
 
 
-def described(*slugs: str) -> dict[int | str, dict[str, Any]]:
+#: of OpenAPI: what an operation may answer, by status
+Responses = dict[int | str, dict[str, Any]]
+
+
+def streams(*media_types: str) -> Responses:
+    """Of OpenAPI: a good answer that may also come as one of these."""
+    return {200: {"content": {kind: {"schema": {"type": "string"}} for kind in media_types}}}
+
+
+def described(*slugs: str) -> Responses:
     """Of OpenAPI: the problems that an operation may end with, beside those that every one may."""
     of_all = ("bad-request", "unauthenticated", "forbidden", "misdirected", "bad-input", "too-many-requests")
     statuses = sorted({TYPES[slug][0] for slug in (*of_all, "unavailable", *slugs)})

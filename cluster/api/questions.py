@@ -23,7 +23,7 @@ from cluster.api import examples
 from cluster.api.access import Questioner
 from cluster.api.jobs import Shared
 from cluster.api.limits import read_json
-from cluster.api.problems import described
+from cluster.api.problems import described, streams
 from cluster.rows import plain
 from db.queries import Result, query
 from engine.errors import BadInput
@@ -64,7 +64,7 @@ class Answered:
     more: bool  #: whether there are rows beyond these
 
 
-_STREAMS = {200: {"content": {kind: {"schema": {"type": "string"}} for kind in ("application/x-ndjson", "text/csv")}}}
+_STREAMS = streams("application/x-ndjson", "text/csv")
 
 
 async def _question(body: Annotated[Any, Depends(read_json)]) -> Question:

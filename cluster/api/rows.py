@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from anyio import to_thread
 from fastapi import APIRouter, Query
+from pydantic_core import to_json
 from starlette.responses import Response, StreamingResponse
 
 from cluster import frames
 from cluster.api.access import Reader
 from cluster.api.cursors import cursor, keys_of
 from cluster.api.jobs import JobId, Shared
-from cluster.api.problems import described
+from cluster.api.problems import described, streams
 from db import jobs, results
 from db.errors import Missing
 from db.readings import Place
@@ -32,7 +34,7 @@ Form = Annotated[
 MEDIA_TYPES = {"ndjson": "application/x-ndjson", "csv": "text/csv", "parquet": "application/vnd.apache.parquet"}
 Cursor = Annotated[str | None, Query(max_length=200, description="`next` of a page")]
 RunId = Annotated[int | None, Query(ge=1, le=2**63 - 1, description="only this run of the job")]
-_STREAMS = {200: {"content": {kind: {"schema": {"type": "string"}} for kind in MEDIA_TYPES.values()}}}
+_STREAMS = streams(*MEDIA_TYPES.values())
 #: rows of a row group, however they come
 _GROUP = 10_000
 
@@ -46,7 +48,7 @@ class Rows:
 
 
 @router.get("/v1/jobs/{job_id}/completions", response_model=Rows, responses=described("missing") | _STREAMS)
-def completions(
+async def completions(
     job_id: JobId,
     caller: Reader,
     state: Shared,
@@ -54,15 +56,20 @@ def completions(
     run: RunId = None,
     cursor: Cursor = None,
     limit: Annotated[int, Query(ge=1, le=1000, description="of a page")] = 100,
-) -> Rows | Response:
+) -> Response:
     """The completions of a job, by run and in the benchmark's order: a row each, with a column a metric."""
     db = state.db
-    _check_run(db, job_id, run)
     after = None if cursor is None else Place(*keys_of(cursor, 2))
-    if form == "json":
-        return _completion_page(db, job_id, run, after, limit)
-    schema = frames.completion_schema(db, job_id)
-    return _streamed(form, schema, frames.completion_batches(db, job_id, schema, run_id=run, after=after), job_id)
+
+    def begin() -> Response:
+        _check_run(db, job_id, run)
+        if form == "json":
+            return _page(_completion_page(db, job_id, run, after, limit))
+        schema = frames.completion_schema(db, job_id)
+        batches = frames.completion_batches(db, job_id, schema, run_id=run, after=after)
+        return _streamed(form, schema, batches, job_id)
+
+    return await to_thread.run_sync(begin)
 
 
 def _completion_page(db: Database, job_id: int, run: int | None, after: Place | None, limit: int) -> Rows:
@@ -76,7 +83,7 @@ def _completion_page(db: Database, job_id: int, run: int | None, after: Place | 
 
 
 @router.get("/v1/jobs/{job_id}/tokens", response_model=Rows, responses=described("missing") | _STREAMS)
-def tokens(
+async def tokens(
     job_id: JobId,
     caller: Reader,
     state: Shared,
@@ -84,19 +91,20 @@ def tokens(
     run: RunId = None,
     cursor: Cursor = None,
     limit: Annotated[int, Query(ge=1, le=10_000, description="of a page")] = 1000,
-) -> Rows | Response:
+) -> Response:
     """The tokens of a job, by run, sample and position, with the columns of the view `token`."""
-    db = state.db
-    _check_run(db, job_id, run)
     keys = None if cursor is None else keys_of(cursor, 3)
-    schema = frames.token_schema()
-    since = None if keys is None else Place(keys[0], keys[1])
-    batches = frames.token_batches(db, job_id, schema, run_id=run, since=since)
-    if keys is not None:
-        batches = _behind(batches, keys)
-    if form == "json":
-        return _token_page(batches, limit)
-    return _streamed(form, schema, batches, job_id)
+
+    def begin() -> Response:
+        _check_run(state.db, job_id, run)
+        schema = frames.token_schema()
+        since = None if keys is None else Place(keys[0], keys[1])
+        batches = frames.token_batches(state.db, job_id, schema, run_id=run, since=since)
+        if keys is not None:
+            batches = _behind(batches, keys)
+        return _page(_token_page(batches, limit)) if form == "json" else _streamed(form, schema, batches, job_id)
+
+    return await to_thread.run_sync(begin)
 
 
 def _behind(batches: "Iterator[pa.RecordBatch]", keys: tuple[int, ...]) -> "Iterator[pa.RecordBatch]":
@@ -114,6 +122,10 @@ def _token_page(batches: "Iterator[pa.RecordBatch]", limit: int) -> Rows:
     last = found[limit - 1] if len(found) > limit else None
     keys = ("run_id", "sample_id", "position")
     return Rows(found[:limit], None if last is None else cursor(*(last[key] for key in keys)))
+
+
+def _page(rows: Rows) -> Response:
+    return Response(to_json(rows, inf_nan_mode="null"), media_type="application/json")
 
 
 def _check_run(db: Database, job_id: int, run: int | None) -> None:

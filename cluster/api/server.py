@@ -1,5 +1,6 @@
 """`shortstop serve`: the API in a process, and the fleet beside it."""
 
+import gc
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -49,6 +50,7 @@ def serve(
         )
         with _listening(host, port) as listener, fleet(db, settings) if with_fleet else nullcontext():
             server = _Server(config, app.state.shortstop.hub.close)
+            gc.freeze()  # what is loaded by now stays: looking through it again would stop every request in hand
             on_ready(f"http://{_shown(host)}:{listener.getsockname()[1]}")
             server.run(sockets=[listener])
 

@@ -1,13 +1,16 @@
 """What the rooms of the API share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from anyio import CapacityLimiter
-from fastapi import Depends, Request
+from anyio import CapacityLimiter, to_thread
+from fastapi import Depends, Request, Response
+from pydantic_core import to_json
 
 from cluster.api.allowed import Allowed
 from cluster.api.limits import Rate
+from cluster.api.together import Together
 from cluster.api.watching import Hub
 from cluster.local import Local
 from cluster.settings import Settings
@@ -32,6 +35,7 @@ class State:
     is_loopback: bool  #: whether it answers to this machine only
     hub: Hub
     rate: Rate
+    together: Together = field(default_factory=Together)
     strangers: Rate = field(default_factory=lambda: Rate(STRANGERS_PER_SECOND))
     questions: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(QUESTIONS))
     readers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(READERS))
@@ -49,8 +53,18 @@ class State:
         return Local(self.settings, self.db, who=who)
 
 
-def _state(request: Request) -> State:
-    return request.app.state.shortstop  # type: ignore[no-any-return]
+async def told(do: Callable[[], object], *, status_code: int = 200, limiter: CapacityLimiter | None = None) -> Response:
+    """What `do` returns, as JSON: both in one thread, which costs half of what FastAPI's way through three does."""
+
+    def make() -> bytes:
+        return to_json(do(), inf_nan_mode="null")
+
+    content = await to_thread.run_sync(make, limiter=limiter)
+    return Response(content, status_code, media_type="application/json")
+
+
+async def _state(request: Request) -> State:
+    return request.app.state.shortstop
 
 
 StateOf = Depends(_state)

@@ -1,0 +1,68 @@
+"""A server as its users have it: `shortstop serve` in a process of its own."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+SECONDS = 60.0
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    url: str
+    process: subprocess.Popen[str]
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def ask(self, method: str, path: str, key: str | None = None, **options: Any) -> httpx.Response:
+        headers = options.pop("headers", {}) | ({"Authorization": f"Bearer {key}"} if key else {})
+        return httpx.request(method, self.url + path, headers=headers, timeout=SECONDS, **options)
+
+    def kill(self) -> None:
+        """As `kill -9` does."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def begin(database_url: str, uploads: Path, *arguments: str, port: int = 0, **settings: str) -> Served:
+    """Start a server and wait until it accepts connections."""
+    command = [str(Path(sys.executable).parent / "shortstop"), "serve", "--no-fleet", "--port", str(port)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SHORTSTOP_SERVER")}
+    environment |= {"SHORTSTOP_UPLOADS": str(uploads), "SHORTSTOP_REQUESTS_PER_SECOND": "100000"}
+    environment |= {f"SHORTSTOP_{name.upper()}": value for name, value in settings.items()}
+    process = subprocess.Popen(
+        [*command, "--database", database_url, *arguments], text=True, stderr=subprocess.PIPE, env=environment
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := re.match(r"serving on (http://\S+),", line):
+            return Served(found[1], process)
+    raise AssertionError(f"the server ended with {process.wait()}")
+
+
+@contextmanager
+def serving(database_url: str, uploads: Path, *arguments: str, **settings: str) -> Iterator[Served]:
+    """A server that ends with the block, and does so when it is asked to."""
+    served = begin(database_url, uploads, *arguments, **settings)
+    try:
+        yield served
+    finally:
+        served.process.terminate()
+        try:
+            served.process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            served.kill()
+            raise
