@@ -31,6 +31,7 @@ router = APIRouter(tags=["jobs"])
 
 JobId = Annotated[int, Path(ge=1, le=2**63 - 1, description="the job's number")]
 Shared = Annotated[State, StateOf]
+#: stands behind the caller in every signature: what nobody may send is not read
 JsonBody = Annotated[Any, Depends(read_json)]
 _TEXT = r"^[^\x00-\x1f\x7f]*$"
 IdempotencyKey = Annotated[
@@ -69,7 +70,7 @@ class Added:
     responses=described("conflict", "too-large", "wrong-media-type"),
     openapi_extra=examples.body("JobSpec", examples.JOB),
 )
-async def submit(body: JsonBody, caller: Submitter, state: Shared, idempotency_key: IdempotencyKey = None) -> Response:
+async def submit(caller: Submitter, body: JsonBody, state: Shared, idempotency_key: IdempotencyKey = None) -> Response:
     """Submit a job: written at once, prepared and worked on later.
 
     With an `Idempotency-Key` the request may be sent again: the same key and spec are the same job.
@@ -89,7 +90,7 @@ async def submit(body: JsonBody, caller: Submitter, state: Shared, idempotency_k
     responses=described("too-large", "wrong-media-type"),
     openapi_extra=examples.body("JobSpec", examples.JOB),
 )
-async def validate(body: JsonBody, caller: Submitter, state: Shared) -> Response:
+async def validate(caller: Submitter, body: JsonBody, state: Shared) -> Response:
     """Check a spec and say what its job would do; nothing is written."""
 
     def check() -> Validation:
@@ -166,7 +167,7 @@ async def resume(job_id: JobId, caller: Submitter, state: Shared) -> Response:
     responses=described("missing", "conflict", "too-large", "wrong-media-type"),
     openapi_extra=examples.body(None, examples.POLICY),
 )
-async def add_policy(body: JsonBody, job_id: JobId, caller: Submitter, state: Shared) -> Response:
+async def add_policy(job_id: JobId, caller: Submitter, body: JsonBody, state: Shared) -> Response:
     """Give a job that is done one more policy, in any form that a spec takes; only its runs are computed."""
     if not isinstance(body, str | dict):
         raise BadInput("policy: give a name, or a mapping of a name to its options.")

@@ -80,7 +80,7 @@ async def _question(body: Annotated[Any, Depends(read_json)]) -> Question:
     responses=described("too-large", "wrong-media-type") | _STREAMS,
     openapi_extra=examples.body("Question", examples.QUESTION),
 )
-async def ask(question: Annotated[Question, Depends(_question)], caller: Questioner, state: Shared) -> Response:
+async def ask(caller: Questioner, question: Annotated[Question, Depends(_question)], state: Shared) -> Response:
     """Ask the record in SQL: one SELECT over the documented views, read-only by construction."""
     limit = min(question.limit or PAGE, PAGE) + 1 if question.format == "json" else question.limit
     file = await to_thread.run_sync(

@@ -6,12 +6,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from small_world import World
+
+from cluster import jobs
+from db.keys import Scope, create_key
+from db.session import Database, open_database
 
 SECONDS = 60.0
 
@@ -66,3 +71,38 @@ def serving(database_url: str, uploads: Path, *arguments: str, **settings: str) 
         except subprocess.TimeoutExpired:
             served.kill()
             raise
+
+
+@dataclass
+class Site:
+    """A server with something in its record."""
+
+    served: Served
+    db: Database
+    world: World
+    keys: dict[str, str]  #: by scope; each has that one only
+    done: int  #: a finished job, of the key "submit"
+    waiting: int  #: one that nobody prepares, of nobody's
+
+    def ask(self, method: str, path: str, scope: str = "admin", **options: Any) -> httpx.Response:
+        return self.served.ask(method, path, self.keys[scope], **options)
+
+    def body(self, **changes: Any) -> dict[str, Any]:
+        """A spec of the world's job, small."""
+        return self.world.fields(**_small(self.world) | changes)
+
+
+def _small(world: World) -> dict[str, Any]:
+    short = {"jsonl": str(world.prompts), "id": "id", "group": "file", "ends_with_line": False, "samples": 8}
+    return {"benchmarks": [short], "policies": ["full", {"confidence": {"threshold": 0.6}}]}
+
+
+@contextmanager
+def opened_site(url: str, uploads: Path, world: World) -> Iterator[Site]:
+    with closing(open_database(url)) as db:
+        keys = {scope.value: create_key(db, f"{scope}-key", [scope])[0] for scope in Scope}
+        done = jobs.submit(db, world.spec(**_small(world)), principal="submit-key")
+        assert jobs.work(db, done, inline=True) is jobs.JobState.DONE
+        waiting = jobs.submit(db, world.spec(name="waiting"), principal="somebody")
+        with serving(url, uploads, "--allow", str(world.folder)) as served:
+            yield Site(served, db, world, keys, done, waiting)
