@@ -215,11 +215,7 @@ class Client(Service):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed when it is read
-        with self._answering("GET", path, params={"format": "parquet"}, timeout=_LONG) as answer:
-            for piece in answer.iter_bytes():
-                file.write(piece)
-        file.seek(0)
+        file = self._received("GET", path, params={"format": "parquet"})
         table = pq.ParquetFile(file)
 
         def batches() -> "Iterator[pa.RecordBatch]":
@@ -231,12 +227,20 @@ class Client(Service):
     def query(self, sql: str, *, timeout_s: float = 30, limit: int | None = None) -> "Rows":
         """As `Service.query`; all rows are here before the first is given."""
         body = {"sql": sql, "timeout_s": timeout_s, "limit": limit, "format": "arrays"}
-        file: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - closed by `Rows`
-        with self._answering("POST", "/v1/query", json=body, timeout=_LONG) as answer:
-            for piece in answer.iter_bytes():
-                file.write(piece)
+        return Rows(self._received("POST", "/v1/query", json=body))
+
+    def _received(self, method: str, path: str, **options: Any) -> IO[bytes]:
+        """The whole body of an answer, in a file that is gone when it is closed."""
+        file: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - closed by who reads it
+        try:
+            with self._answering(method, path, timeout=_LONG, **options) as answer:
+                for piece in answer.iter_bytes():
+                    file.write(piece)
+        except BaseException:
+            file.close()
+            raise
         file.seek(0)
-        return Rows(file)
+        return file
 
     # --- what is known -----------------------------------------------------------------------------------------------
 

@@ -118,10 +118,9 @@ def _unpack(packed: IO[bytes], folder: Path, most: int) -> tuple[list[str], int]
                             raise BadInput(f"archive: it unpacks to more than {most:,} bytes; upload less.")
                         file.write(piece)
                 names.append(name)
-    except FileExistsError as error:
-        raise BadInput(f"archive: {Path(error.filename).name!a} is there twice; pack it again.") from None
-    except (NotADirectoryError, IsADirectoryError):
-        raise BadInput("archive: a name is that of a file and of a folder; pack it again.") from None
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        name = ascii(Path(error.filename).name)
+        raise BadInput(f"archive: {name} is there twice, or as a file and as a folder; pack it again.") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, BadInput):
             raise

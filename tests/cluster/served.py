@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,8 +37,8 @@ class Served:
 
     def kill(self) -> None:
         """As `kill -9` does."""
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        self.process.kill()
+        self.process.communicate()
 
 
 def begin(database_url: str, uploads: Path, *arguments: str, port: int = 0, **settings: str) -> Served:

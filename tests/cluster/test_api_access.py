@@ -62,6 +62,8 @@ def test_each_scope_at_each_operation(site: Site, scope: str | None) -> None:
     key = {None: None, "unknown": "shortstop_0123456789ab_" + "x" * 43}.get(scope) or site.keys.get(scope or "")
     before = [jobs.job(site.db, job_id) for job_id in (site.done, site.waiting)]
     for (method, path), needed in OPERATIONS.items():
+        if scope == "admin" and path.endswith(("cancel", "pause", "retry", "resume")):
+            continue  # it may, and would
         target = path.replace("{job_id}", str(site.waiting if "events" not in path else site.done))
         answer = site.served.ask(method, target, key)  # without a body: who may gets as far as its absence
         got = (method, path, scope, answer.status_code, answer.text)
@@ -71,8 +73,6 @@ def test_each_scope_at_each_operation(site: Site, scope: str | None) -> None:
             assert (answer.status_code, slug(answer)) == (401, "unauthenticated"), got
             assert answer.headers["www-authenticate"].startswith("Bearer"), got
             time.sleep(0.11)  # strangers are slowed down
-        elif scope == "admin" and path.endswith(("cancel", "pause", "retry", "resume")):
-            continue  # it may, and would
         elif needed in ("any", scope) or scope == "admin":
             assert answer.status_code in (200, 204, 403, 415), got
             assert answer.status_code != 403 or "is 'somebody''s" in answer.json()["detail"].replace('"', "'"), got
@@ -189,7 +189,7 @@ def test_no_key_no_session(site: Site, body: Any) -> None:
 
 
 def test_without_keys_this_machine_is_let_in_and_no_page_of_another_site(sqlite_db: Database, tmp_path: Path) -> None:
-    """A page that a browser on this machine shows can lead it here: under another name, or with a request of its own."""
+    """A page that a browser here shows can lead it here: under another name, or with a request of its own."""
     with serving(sqlite_db.url, tmp_path / "uploads") as served:
         assert served.ask("GET", "/v1/session").json()["principal"] == "local"
         port = served.port
@@ -224,7 +224,7 @@ def test_beyond_this_machine_only_with_a_key(sqlite_db: Database, tmp_path: Path
         return done.stderr
 
     assert re.fullmatch(r"shortstop: host '0\.0\.0\.0' is open to others, .*\n", refused())
-    key, row = create_key(sqlite_db, "first", ["read"], lifetime_s=-1)
+    create_key(sqlite_db, "first", ["read"], lifetime_s=-1)
     assert "there is no API key" in refused()  # one that lets nobody in is none
     create_key(sqlite_db, "second", ["read"])
     served = begin(sqlite_db.url, tmp_path / "uploads", "--host", "0.0.0.0")

@@ -73,7 +73,6 @@ CURSORS = [
     "W3RydWVd",
     "eyJhIjoxfQ",
     "bnVsbA",
-    "W1sxXV0",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Jobs over HTTP, on a real server and each database: submitted once, listed, watched, changed, reported, downloaded."""
+"""Jobs over HTTP, on a real server and each database: submitted once, listed, watched, changed, reported, read."""
 
 import io
 import json
@@ -232,7 +232,8 @@ def asked(site: Site, sql: str, **options: Any) -> httpx.Response:
 
 
 def test_a_question_is_answered_in_every_form(site: Site) -> None:
-    sql = f"select policy, count(*) as n, sum(n_tokens) as t from completion where job_id = {site.done} group by 1 order by 1"
+    sql = "select policy, count(*) as n, sum(n_tokens) as t from completion where job_id = {} group by 1 order by 1"
+    sql = sql.format(site.done)
     found = asked(site, sql).json()
     assert found["columns"] == ["policy", "n", "t"]
     assert found["more"] is False

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,8 @@ def test_a_bucket_gives_no_more_than_it_holds_and_gets(pauses: list[float]) -> N
         try:
             rate.take("somebody")
             taken += 1
-        except Problem as problem:
-            assert problem.slug == "too-many-requests"
+        except Problem:
+            continue
     assert taken <= 4 + 2 * now[0] + 1e-6
     now[0] += 100
     rate.take("somebody")
@@ -43,10 +44,11 @@ def test_a_cursor_is_read_back(keys: list[int]) -> None:
 
 @given(st.text(max_size=40) | st.binary(max_size=30).map(lambda raw: raw.decode("latin-1")))
 def test_what_is_no_cursor_is_one_sentence(word: str) -> None:
-    try:
+    with suppress(BadInput):
         assert all(0 <= key < 2**63 for key in keys_of(word, 2))
-    except BadInput as error:
-        assert len(str(error).splitlines()) == 1
+    with pytest.raises(BadInput) as caught:
+        keys_of(word + "é", 2)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @given(st.text())

@@ -5,6 +5,7 @@ import stat
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,9 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "name",
     [
-        "../precious", "a/../../precious", "/etc/passwd", "//etc/passwd", "..", ".", "", "a/..", "..\\precious", "c:\\x",
-        "c:x", "a\\..\\b", "a\nb", "a\x01", "x" * 300, "/".join("a" * 60), "a" * 256 + "/b", "\u202eb", "d/" * 300 + "x",
+        "../precious", "a/../../precious", "/etc/passwd", "//etc/passwd", "..", ".", "", "a/..", "..\\precious",
+        "c:\\x", "c:x", "a\\..\\b", "a\nb", "a\x01", "x" * 300, "/".join("a" * 60), "a" * 256 + "/b", "\u202eb",
+        "d/" * 300 + "x",
     ],
 )  # fmt: skip
 def test_names_lead_nowhere_else(folder: Path, name: str) -> None:
@@ -84,7 +86,7 @@ def test_two_files_of_one_name_are_refused(folder: Path) -> None:
         twice = archive(("a/b", b"1"), ("a/b", b"2"))
     assert "twice" in refused(twice, folder)
     assert "twice" in refused(archive(("a/b", b"1"), ("a/./b", b"2")), folder)
-    assert "file and of a folder" in refused(archive(("a", b"1"), ("a/b", b"2")), folder)
+    assert "as a file and as a folder" in refused(archive(("a", b"1"), ("a/b", b"2")), folder)
 
 
 @pytest.mark.parametrize(
@@ -105,13 +107,13 @@ def test_a_damaged_archive_is_refused_or_taken_whole(
         content[at % len(content)] = value
     if shorten:
         content = content[: cut % len(content)]
-    try:
+    done = None
+    with suppress(BadInput):
         done = keep(io.BytesIO(bytes(content)), folder, 1, 100)
-    except BadInput as error:
-        assert len(str(error).splitlines()) == 1
-        assert list(folder.iterdir()) == []
-    else:
-        [place] = folder.iterdir()
+    places = list(folder.iterdir())
+    assert len(places) == (done is not None)
+    for place in places:
+        assert done is not None
         assert done.files == len(everything(place))
         assert done.bytes == sum(map(len, everything(place).values()))
 
