@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 #: tries of a request that may be made again, and the longest pause between two
-_TRIES = 6
+_TRIES = 8
 _LONGEST_PAUSE = 8.0
 #: a read that takes longer is given up, a question or a report excepted
 _TIMEOUT = httpx.Timeout(30.0, connect=5.0)

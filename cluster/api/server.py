@@ -3,16 +3,17 @@
 import gc
 import socket
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, nullcontext
 from types import FrameType
 
 import uvicorn
 
 from cluster.api.access import is_loopback
 from cluster.api.app import make_app
+from cluster.api.fleet import fleet
 from cluster.settings import Settings
 from db import keys
-from db.session import Database, open_database
+from db.session import open_database
 from engine.errors import BadInput
 
 #: that requests in hand may take when the server is asked to end
@@ -48,16 +49,11 @@ def serve(
             timeout_graceful_shutdown=_DRAIN_SECONDS,
             timeout_keep_alive=75,
         )
-        with _listening(host, port) as listener, fleet(db, settings) if with_fleet else nullcontext():
+        with _listening(host, port) as listener, fleet(settings) if with_fleet else nullcontext():
             server = _Server(config, app.state.shortstop.hub.close)
             gc.freeze()  # what is loaded by now stays: looking through it again would stop every request in hand
             on_ready(f"http://{_shown(host)}:{listener.getsockname()[1]}")
             server.run(sockets=[listener])
-
-
-def fleet(db: Database, settings: Settings) -> AbstractContextManager[object]:
-    """The one place where the server's fleet is started: it works on every job of the record until the context ends."""
-    raise NotImplementedError
 
 
 class _Server(uvicorn.Server):

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from urllib.parse import urlsplit
 
@@ -85,11 +84,6 @@ async def _answer(reader: asyncio.StreamReader) -> tuple[str, bytes]:
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
     return head.split(b" ", 2)[1].decode(), await reader.readexactly(length)
-
-
-def keys_for(create: Sequence[str], clients: int) -> list[str]:
-    """A key for each client, the given ones in turn."""
-    return [create[number % len(create)] for number in range(clients)]
 
 
 if __name__ == "__main__":

@@ -41,9 +41,12 @@ class Served:
         self.process.communicate()
 
 
-def begin(database_url: str, uploads: Path, *arguments: str, port: int = 0, **settings: str) -> Served:
+def begin(
+    database_url: str, uploads: Path, *arguments: str, port: int = 0, fleet: bool = False, **settings: str
+) -> Served:
     """Start a server and wait until it accepts connections."""
-    command = [str(Path(sys.executable).parent / "shortstop"), "serve", "--no-fleet", "--port", str(port)]
+    command = [str(Path(sys.executable).parent / "shortstop"), "serve", "--port", str(port)]
+    command += [] if fleet else ["--no-fleet"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SHORTSTOP_SERVER")}
     environment |= {"SHORTSTOP_UPLOADS": str(uploads), "SHORTSTOP_REQUESTS_PER_SECOND": "100000"}
     environment |= {f"SHORTSTOP_{name.upper()}": value for name, value in settings.items()}
