@@ -231,16 +231,20 @@ class Client(Service):
 
     def _received(self, method: str, path: str, **options: Any) -> IO[bytes]:
         """The whole body of an answer, in a file that is gone when it is closed."""
-        file: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - closed by who reads it
-        try:
-            with self._answering(method, path, timeout=_LONG, **options) as answer:
-                for piece in answer.iter_bytes():
-                    file.write(piece)
-        except BaseException:
-            file.close()
-            raise
-        file.seek(0)
-        return file
+
+        def ask() -> IO[bytes]:
+            file: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - closed by who reads it
+            try:
+                with self._answering(method, path, timeout=_LONG, **options) as answer:
+                    for piece in answer.iter_bytes():
+                        file.write(piece)
+            except BaseException:
+                file.close()
+                raise
+            file.seek(0)
+            return file
+
+        return self._tried(ask, again=True)
 
     # --- what is known -----------------------------------------------------------------------------------------------
 
@@ -262,39 +266,34 @@ class Client(Service):
     def _typed(self, kind: type[T], method: str, path: str, **options: Any) -> T:
         return TypeAdapter(kind).validate_python(self._json(method, path, **options))
 
-    def _json(self, method: str, path: str, **options: Any) -> Any:
-        with self._answering(method, path, **options) as answer:
-            return json.loads(answer.read())
+    def _json(self, method: str, path: str, *, again: bool = False, **options: Any) -> Any:
+        def ask() -> Any:
+            with self._answering(method, path, **options) as answer:
+                return json.loads(answer.read())
 
-    @contextmanager
-    def _answering(self, method: str, path: str, *, again: bool = False, **options: Any) -> Iterator[httpx.Response]:
-        """The answer to a request, its body unread. again: the request may be made twice, as each GET may."""
-        again = again or method == "GET"
+        return self._tried(ask, again or method == "GET")
+
+    def _tried(self, ask: Callable[[], T], again: bool) -> T:
+        """What `ask` returns, which is called again where it was not done, and where it may be done twice."""
         for attempt in range(1, _TRIES + 1):
             try:
-                timeout = options.pop("timeout", self._http.timeout)
-                request = self._http.build_request(method, path, timeout=timeout, **options)
-                answer = self._http.send(request, stream=True)
-                options["timeout"] = timeout
-                try:
-                    self._check(answer)
-                    yield answer
-                finally:
-                    answer.close()
-                return
-            except _Busy as busy:  # it was not done
-                failure: Exception = busy
-            except httpx.ConnectError as error:  # it was not sent
-                options["timeout"] = timeout
-                failure = error
+                return ask()
+            except (_Busy, httpx.ConnectError) as error:  # it was not done, it was not sent
+                failure: Exception = error
             except httpx.TransportError as error:
-                options["timeout"] = timeout
                 if not again:
                     raise self._gone(error) from None
                 failure = error
-            if attempt == _TRIES:
-                raise self._gone(failure) from None
-            _pause(attempt)
+            if attempt < _TRIES:
+                _pause(attempt)
+        raise self._gone(failure) from None
+
+    @contextmanager
+    def _answering(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
+        """The answer to one request, its body unread."""
+        with self._http.stream(method, path, **options) as answer:
+            self._check(answer)
+            yield answer
 
     def _check(self, answer: httpx.Response) -> None:
         """Raises what went wrong, in the server's words."""

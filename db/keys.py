@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Row, and_, bindparam, delete, insert, or_, select, update
+from sqlalchemy import and_, bindparam, delete, insert, or_, select, update
 
 from db.clock import now
 from db.errors import BadInput, Missing
@@ -124,14 +124,14 @@ def find_key(db: Database, key: str) -> KeyRow | None:
     with db.read() as connection:
         row = connection.execute(_BY_ID, {"id": id}).one_or_none()
     is_right = hmac.compare_digest(_hash(secret), _NOBODY if row is None else row[0])
-    return _noted(db, row) if row is not None and is_right else None
+    return _noted(db, tuple(row)) if row is not None and is_right else None
 
 
 def find_session(db: Database, token: str) -> KeyRow | None:
     """The row of the key that the browser with this token is logged in with, while both are valid."""
     with db.read() as connection:
         row = connection.execute(_BY_SESSION, {"hash": _hash(token)}).one_or_none()
-    return None if row is None else _noted(db, row)
+    return None if row is None else _noted(db, tuple(row))
 
 
 def open_session(db: Database, key: KeyRow) -> str:
@@ -150,9 +150,9 @@ def close_session(db: Database, token: str) -> None:
         connection.execute(delete(browser_session).where(browser_session.c.token_hash == _hash(token)))
 
 
-def _noted(db: Database, row: Row[Any]) -> KeyRow:
+def _noted(db: Database, row: Sequence[Any]) -> KeyRow:
     """row: (hash, whether the last use is to be written, the columns)."""
-    found = _row(tuple(row)[2:])
+    found = _row(row[2:])
     if row[1]:
         with db.write() as connection:
             connection.execute(update(api_key).where(api_key.c.id == found.id, _STALE).values(last_used_at=now()))

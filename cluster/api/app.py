@@ -65,6 +65,7 @@ def make_app(db: Database, settings: Settings, *, is_loopback: bool) -> FastAPI:
         summary="Measures dynamic inference for code-completion models.",
         lifespan=live,
         openapi_url="/v1/openapi.json",
+        redirect_slashes=False,
         docs_url=None,  # their pages come from a foreign network
         redoc_url=None,
         middleware=[Middleware(Logged), Middleware(Bounded, most=most)],

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Served:
 
     url: str
     process: subprocess.Popen[str]
+    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=SECONDS, verify=False))
 
     @property
     def port(self) -> int:
@@ -33,12 +34,15 @@ class Served:
 
     def ask(self, method: str, path: str, key: str | None = None, **options: Any) -> httpx.Response:
         headers = options.pop("headers", {}) | ({"Authorization": f"Bearer {key}"} if key else {})
-        return httpx.request(method, self.url + path, headers=headers, timeout=SECONDS, **options)
+        answer = self.http.request(method, self.url + path, headers=headers, **options)
+        self.http.cookies.clear()  # each request is somebody else's
+        return answer
 
     def kill(self) -> None:
         """As `kill -9` does."""
         self.process.kill()
         self.process.communicate()
+        self.http.close()
 
 
 def begin(
@@ -67,6 +71,7 @@ def serving(database_url: str, uploads: Path, *arguments: str, **settings: str) 
     try:
         yield served
     finally:
+        served.http.close()
         served.process.terminate()
         try:
             served.process.communicate(timeout=SECONDS)

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from cluster.client import Client
 from cluster.errors import ServerError
 from db import events, jobs
 from db.keys import create_key
-from db.session import open_database
+from db.session import Database, open_database
 
 CLIENTS, EACH, DEATHS = 6, 10, 2
 
@@ -32,7 +32,12 @@ def test_no_submission_is_lost_or_doubled(
 ) -> None:
     """Clients try again with the key of their submission; the record has one job for each, and one event."""
     url = request.getfixturevalue(f"{dialect}_url")
-    db = open_database(url)
+    with closing(open_database(url)) as db:
+        _submit_across_deaths(db, world, tmp_path)
+
+
+def _submit_across_deaths(db: Database, world: World, tmp_path: Path) -> None:
+    url = db.url
     key, _ = create_key(db, "ci", ["submit"])
     arguments = ("--allow", str(world.folder))
     running = [begin(url, tmp_path / "uploads", *arguments)]
@@ -60,4 +65,3 @@ def test_no_submission_is_lost_or_doubled(
     assert len(answered) == CLIENTS * EACH
     assert sorted(answered.values()) == sorted(row.id for row in rows)
     assert all([event.what for event in events.events(db, row.id)] == ["submitted"] for row in rows)
-    db.close()
