@@ -89,11 +89,17 @@ class Rate:
             )
 
 
+def check_type(request: Request, wanted: str) -> None:
+    """Raises `Problem` where the body is something else."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != wanted:
+        told = ascii(kind)[:60] if kind else "of no type"
+        raise Problem("wrong-media-type", f"The body is {told}; send {wanted}.")
+
+
 async def read_json(request: Request) -> Any:
     """The body as JSON that both databases can keep: no NUL, no half characters, no numbers beyond 64 bits."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Problem("wrong-media-type", f"The body is {kind or 'of no type'}; send application/json.")
+    check_type(request, "application/json")
     try:
         value = json.loads(await request.body(), parse_constant=_refuse)
         _check(value)

@@ -23,6 +23,7 @@ from fastapi import APIRouter, Request
 
 from cluster.api.access import Submitter
 from cluster.api.allowed import UPLOAD
+from cluster.api.limits import check_type
 from cluster.api.problems import Problem, described
 from cluster.api.state import State, StateOf
 from engine.errors import BadInput
@@ -67,9 +68,7 @@ async def upload(request: Request, caller: Submitter, state: Annotated[State, St
     Only files and folders: no links, no devices, no names that lead out of it. Pack one folder, and a spec names it as
     `source: upload:ID/FOLDER`.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != MEDIA_TYPE:
-        raise Problem("wrong-media-type", f"The body is {kind or 'of no type'}; send {MEDIA_TYPE}.")
+    check_type(request, MEDIA_TYPE)
     state.uploads.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryFile(dir=state.uploads) as packed:
         async for piece in request.stream():  # its size is bounded on the way here
