@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 CODE := cluster workers engine db tests shortstop.py
 
-.PHONY: demo test test-all lint bench bench-db bench-cluster clean
+.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -35,6 +35,10 @@ bench-db: $(STAMP)
 # Real workers, then many that sleep: 64 need about 8 GB of memory; fewer: BENCH_ACTORS=16
 bench-cluster: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m tests.bench.cluster
+
+# A server in a process of its own, on SQLite and PostgreSQL, under the load of a team
+bench-service: $(STAMP)
+	$(BIN)/python -m tests.bench.service
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import engine.waiting  # noqa: F401 - before numpy and torch, which a user may import next
 
 if TYPE_CHECKING:
+    from cluster.client import Client
     from cluster.embedded import add_policy, completions, evaluate, report, rescore, tokens
     from cluster.reports.model import JobReport, RunReport
     from cluster.spec import JobSpec
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 #: where each public name lives
 _HOMES = {
     "BadInput": "engine.errors",
+    "Client": "cluster.client",
     "Completion": "engine.record",
     "Engine": "engine.engine",
     "EngineError": "engine.errors",
@@ -51,6 +53,7 @@ _HOMES = {
 
 __all__ = [
     "BadInput",
+    "Client",
     "Completion",
     "Engine",
     "EngineError",

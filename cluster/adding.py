@@ -4,6 +4,8 @@ from typing import Any
 
 from cluster.prepare import metric_versions, planned_policy
 from db import jobs, planning
+from db.errors import Conflict
+from db.events import LOCAL
 from db.jobs import JobState
 from db.session import Database
 from engine.errors import BadInput
@@ -14,7 +16,7 @@ from workers.bundle import unpack
 from workers.pinned import Pinned
 
 
-def add_policy(db: Database, job_id: int, policy: Any) -> str:
+def add_policy(db: Database, job_id: int, policy: Any, *, who: str = LOCAL) -> str:
     """Add a policy, in any form that a spec takes, to a job that is done. Returns its label.
 
     Only its runs are computed, on the samples, in the batches and under the facts that the job pins; the job is running
@@ -23,7 +25,7 @@ def add_policy(db: Database, job_id: int, policy: Any) -> str:
     asked = parse_policy(policy)
     job = jobs.job(db, job_id)
     if job.state is not JobState.DONE:
-        raise BadInput(f"job {job_id} is {job.state}; a policy can be added to a job that is done.")
+        raise Conflict(f"job {job_id} is {job.state}; a policy can be added to a job that is done.")
     pinned = Pinned.model_validate(job.pinned)
     _check_metrics(job_id, pinned)
     if asked.needs != "nothing" and pinned.exits_hash is None:
@@ -34,7 +36,7 @@ def add_policy(db: Database, job_id: int, policy: Any) -> str:
     manifest = _manifest(db, pinned)
     check_policy(asked, manifest, pinned.n_layers)
     planned = planned_policy(asked, manifest)
-    planning.add_policy(db, job_id, planned)
+    planning.add_policy(db, job_id, planned, who=who)
     return planned.label
 
 

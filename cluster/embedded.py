@@ -1,14 +1,14 @@
 """The whole system inside the caller's process: database, workers and report, without a command line or a server."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import structlog
 
 from cluster import adding, jobs, rescoring
+from cluster.frames import completion_batches, completion_columns, completion_schema, token_batches, token_schema
 from cluster.logs import configure_logs
 from cluster.reports.build import build_report
 from cluster.reports.decoder import decoder
@@ -17,9 +17,6 @@ from cluster.settings import Settings, load_settings
 from cluster.spec import JobSpec, parse_job, read_job
 from db import results
 from db.jobs import job as read_job_row
-from db.jobs import runs
-from db.records import CompletionRow, TokenBatch
-from db.rollups import rollup
 from db.session import Database, open_database
 
 if TYPE_CHECKING:
@@ -27,9 +24,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from engine.spec import PolicySpec
-
-#: completions that a batch of Arrow holds
-_PIECE = 1_000
 
 
 def evaluate(
@@ -117,12 +111,12 @@ def completions(
         if not arrow:
             import pandas as pd
 
-            return pd.DataFrame(map(_completion, results.completions(db, job_id=row.id)))
-        metrics = sorted({metric for run in runs(db, row.id) for metric in rollup(db, run.id).score_counts})
+            rows = results.completions(db, job_id=row.id, with_tokens=False)
+            return pd.DataFrame(map(completion_columns, rows))
+        schema = completion_schema(db, row.id)
     import pyarrow as pa
 
-    schema = _completion_schema(metrics)
-    return pa.RecordBatchReader.from_batches(schema, _completion_batches(url, row.id, schema))
+    return pa.RecordBatchReader.from_batches(schema, _batches(url, completion_batches, row.id, schema))
 
 
 def tokens(job: int | JobReport, *, database: str | None = None) -> "pa.RecordBatchReader":
@@ -135,8 +129,8 @@ def tokens(job: int | JobReport, *, database: str | None = None) -> "pa.RecordBa
     url = _settings(database).database_url
     with closing(open_database(url, create=False)) as db:
         read_job_row(db, _number(job))
-    schema = _token_schema()
-    return pa.RecordBatchReader.from_batches(schema, _token_batches(url, _number(job), schema))
+    schema = token_schema()
+    return pa.RecordBatchReader.from_batches(schema, _batches(url, token_batches, _number(job), schema))
 
 
 def _work(db: Database, job_id: int, settings: Settings, inline: bool) -> None:
@@ -163,84 +157,8 @@ def _number(job: int | JobReport) -> int:
     return job if isinstance(job, int) else job.job_id
 
 
-def _completion(row: CompletionRow) -> dict[str, Any]:
-    sample, outcome = row.sample, row.outcome
-    return {
-        "run_id": row.run_id,
-        "policy": row.policy,
-        "benchmark": row.benchmark,
-        "sample": sample.name,
-        "source_group": sample.source_group,
-        "language": sample.language,
-        "prompt": sample.prompt,
-        "reference": sample.reference,
-        "text": outcome.text,
-        "error": outcome.error,
-        "finish": outcome.finish,
-        "n_tokens": outcome.n_tokens,
-        "prompt_tokens": outcome.prompt_tokens,
-        "cut_tokens": outcome.cut_tokens,
-        "shown": outcome.shown,
-        **row.scores,
-    }
-
-
-def _completion_schema(metrics: list[str]) -> "pa.Schema":
-    import pyarrow as pa
-
-    of_sample = ("sample", "source_group", "language", "prompt", "reference")
-    return pa.schema(
-        [
-            ("run_id", pa.int64()),
-            *((name, pa.string()) for name in ("policy", "benchmark", *of_sample, "text", "error", "finish")),
-            *((name, pa.int32()) for name in ("n_tokens", "prompt_tokens", "cut_tokens")),
-            ("shown", pa.bool_()),
-            *((metric, pa.float64()) for metric in metrics),
-        ]
-    )
-
-
-def _completion_batches(url: str, job_id: int, schema: "pa.Schema") -> "Iterator[pa.RecordBatch]":
-    import pyarrow as pa
-
+def _batches(
+    url: str, cut: "Callable[[Database, int, pa.Schema], Iterator[pa.RecordBatch]]", job_id: int, schema: "pa.Schema"
+) -> "Iterator[pa.RecordBatch]":
     with closing(open_database(url, create=False)) as db:
-        rows = map(_completion, results.completions(db, job_id=job_id))
-        while piece := list(islice(rows, _PIECE)):
-            yield pa.RecordBatch.from_pylist(piece, schema=schema)
-
-
-def _token_schema() -> "pa.Schema":
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("run_id", pa.int64()),
-            ("job_id", pa.int64()),
-            ("policy", pa.string()),
-            ("outcome_id", pa.int64()),
-            ("sample_id", pa.int64()),
-            ("position", pa.int32()),
-            ("token_id", pa.int32()),
-            ("exit_layer", pa.int16()),
-            ("layers_run", pa.int16()),
-            ("decision", pa.string()),
-            ("confidence", pa.float32()),
-            ("draft_layer", pa.int16()),
-            ("draft_kept", pa.bool_()),
-        ]
-    )
-
-
-def _token_batches(url: str, job_id: int, schema: "pa.Schema") -> "Iterator[pa.RecordBatch]":
-    with closing(open_database(url, create=False)) as db:
-        for batch in results.tokens(db, job_id=job_id):
-            yield _arrow(batch, schema)
-
-
-def _arrow(batch: TokenBatch, schema: "pa.Schema") -> "pa.RecordBatch":
-    import pyarrow as pa
-
-    never = batch.draft_layer == 0
-    masks = {"token_id": batch.token_id < 0, "draft_layer": never, "draft_kept": never}
-    columns = [pa.array(getattr(batch, field.name), type=field.type, mask=masks.get(field.name)) for field in schema]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+        yield from cut(db, job_id, schema)

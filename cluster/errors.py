@@ -1,9 +1,15 @@
 """What can go wrong in the cluster.
 
 ClusterError
-└── FleetError   no worker could be had, or they died one after the other; the job stays as it is
-    └── RayLost  Ray is gone, and its workers with it; another one can go on
+├── FleetError    no worker could be had, or they died one after the other; the job stays as it is
+│   └── RayLost   Ray is gone, and its workers with it; another one can go on
+└── ServerError   the server is not there, or failed
+
+BadInput (of the engine)
+└── NotAllowed    the server knows no such key, or the key may not do that
 """
+
+from engine.errors import BadInput
 
 
 class ClusterError(Exception):
@@ -16,3 +22,11 @@ class FleetError(ClusterError):
 
 class RayLost(FleetError):
     """Ray is gone, and its workers with it. What is done is kept, and whoever connects to the next one goes on."""
+
+
+class ServerError(ClusterError):
+    """The server cannot be reached, is busy for long, or failed. What was asked for may have been done."""
+
+
+class NotAllowed(BadInput):
+    """The server knows no such API key, or it may not do that. Nothing was changed."""

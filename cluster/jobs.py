@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import structlog
 
+from cluster.places import anchored
 from cluster.prepare import Validation, cores, metric_versions, prepare, validate
 from cluster.preparing import prepare_next
 from cluster.ray_environment import set_up_ray
@@ -28,11 +28,10 @@ from db.events import LOCAL
 from db.records import JobState, Progress
 from db.session import Database
 from engine.errors import BadInput
-from engine.exits import TIED, find_bundle, known_exits
+from engine.exits import TIED, find_bundle
 from engine.loading import find_model, models
-from engine.spec import Spec
 from workers.benchmarks.catalogue import benchmarks
-from workers.benchmarks.spec import CatalogueBenchmark, DatasetBenchmark, JsonlBenchmark, SourceBenchmark
+from workers.benchmarks.spec import CatalogueBenchmark, JsonlBenchmark
 from workers.pinned import Pinned
 from workers.worker import IDLE_SECONDS, Unfit, Worker
 
@@ -64,11 +63,11 @@ def submit(
 
     spec_folder: what the spec's relative paths start from; the current folder when absent. Unknown names and missing
     folders are refused before anything is written: raises `BadInput`. idempotency_key: the same principal with the
-    same key and spec again gets the job that is there; with another spec `BadInput` (of db).
+    same key and spec again gets the job that is there; with another spec `db.errors.Conflict`.
     """
     spec = anchored(spec, spec_folder or Path.cwd())
     _check_names(spec)
-    body = _dump(spec)
+    body = spec.dump()
     return jobs.create_job(
         db,
         name=spec.name,
@@ -116,29 +115,6 @@ def work(
     return jobs.job(db, job_id).state
 
 
-def anchored(spec: JobSpec, folder: Path) -> JobSpec:
-    """The spec with every relative path that means something in `folder` made absolute."""
-
-    def path(name: str) -> str:
-        return str((folder / Path(name).expanduser()).absolute())
-
-    def benchmark(asked: Spec) -> Spec:
-        if isinstance(asked, JsonlBenchmark):
-            return asked.model_copy(update={"jsonl": path(asked.jsonl)})
-        if isinstance(asked, DatasetBenchmark) and Path(path(asked.dataset)).is_dir():
-            return asked.model_copy(update={"dataset": path(asked.dataset)})
-        if isinstance(asked, SourceBenchmark) and Path(path(asked.source)).is_dir():
-            return asked.model_copy(update={"source": path(asked.source)})
-        return asked
-
-    changes: dict[str, Any] = {"benchmarks": [benchmark(asked) for asked in spec.benchmarks]}
-    if spec.model not in models and Path(path(spec.model)).is_dir():
-        changes["model"] = path(spec.model)
-    if spec.exits is not None and spec.exits not in known_exits() and Path(path(spec.exits)).is_dir():
-        changes["exits"] = path(spec.exits)
-    return spec.model_copy(update=changes)
-
-
 def _check_names(spec: JobSpec) -> None:
     """All that can be refused without reading much. Raises `BadInput`."""
     is_hub_id = spec.model.count("/") == 1 and not Path(spec.model).is_absolute()
@@ -157,14 +133,6 @@ def _check_names(spec: JobSpec) -> None:
         if isinstance(asked, JsonlBenchmark) and not Path(asked.jsonl).is_file():
             raise BadInput(f"benchmark: there is no file {asked.jsonl!r}; correct the field jsonl.")
     metric_versions(spec.metrics)
-
-
-def _dump(spec: JobSpec) -> dict[str, Any]:
-    """The spec as JSON that JobSpec reads back."""
-    return spec.model_dump(mode="json", exclude={"benchmarks", "policies"}) | {
-        "benchmarks": [asked.model_dump(mode="json", exclude_defaults=True) for asked in spec.benchmarks],
-        "policies": [policy.dump() for policy in spec.policies],
-    }
 
 
 def _report_progress(db: Database, job_id: int, on_progress: Callable[[Progress], None], pauses: "_Pauses") -> None:

@@ -2,11 +2,17 @@
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from platformdirs import user_data_path
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from engine.errors import BadInput
 from engine.registry import unknown
@@ -17,6 +23,10 @@ FILE = Path("shortstop.toml")
 
 def _default_database_url() -> str:
     return f"sqlite:///{user_data_path('shortstop') / 'shortstop.db'}"
+
+
+def _default_uploads() -> Path:
+    return user_data_path("shortstop") / "uploads"
 
 
 class Settings(BaseSettings):
@@ -37,6 +47,22 @@ class Settings(BaseSettings):
     ray_address: str | None = Field(None, min_length=1, description="of a running Ray cluster; absent: one of our own")
     idle_seconds: float = Field(60, ge=0, description="how long a fleet keeps a worker that has nothing to do")
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    server: str | None = Field(None, min_length=1, description="where the commands that can ask a server do")
+    key: str | None = Field(None, min_length=1, description="the API key for it")
+    # of `shortstop serve`
+    allow: Annotated[list[str], NoDecode] = Field(
+        [], description="folders, hub ids and installed packages that a submitted spec may name"
+    )
+    uploads: Path = Field(default_factory=_default_uploads, description="folder of what clients uploaded")
+    upload_mb: int = Field(64, ge=1, le=4096, description="of one upload, packed; four times as much unpacked")
+    uploads_mb: int = Field(4096, ge=1, description="of all uploads; the oldest make room")
+    requests_per_second: float = Field(100, gt=0, description="of one key, on the long run; at once twice as many")
+
+    @field_validator("allow", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """The environment has no lists: entries are set apart by commas there."""
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
     @classmethod
     def settings_customise_sources(
@@ -51,20 +77,15 @@ class Settings(BaseSettings):
         return init_settings, env_settings, dotenv_settings, TomlConfigSettingsSource(settings_cls)
 
 
-def load_settings(
-    *,
-    database_url: str | None = None,
-    workers: int | None = None,
-    ray_address: str | None = None,
-    gpus_per_worker: float | None = None,
-) -> Settings:
-    """The settings that hold in this folder, with a command's own options on top. Raises `BadInput`."""
-    options: dict[str, object] = {"database_url": database_url, "workers": workers}
-    options |= {"ray_address": ray_address, "gpus_per_worker": gpus_per_worker}
+def load_settings(**options: Any) -> Settings:
+    """The settings that hold in this folder, with a command's own options on top. Raises `BadInput`.
+
+    options: fields of `Settings`; None where the command's option was not given.
+    """
     given = {name: value for name, value in options.items() if value is not None}
     _check_file()
     try:
-        return Settings(**given)  # type: ignore[arg-type]  # the types are what pydantic checks here
+        return Settings(**given)
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0])
         raise BadInput(

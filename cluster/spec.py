@@ -74,6 +74,13 @@ class JobSpec(Spec):
                 raise ValueError(f"policies: {label!r} is there twice; remove one or give it another name")
         return self
 
+    def dump(self) -> dict[str, Any]:
+        """The spec as JSON that `JobSpec` reads back."""
+        return self.model_dump(mode="json", exclude={"benchmarks", "policies"}) | {
+            "benchmarks": [asked.model_dump(mode="json", exclude_defaults=True) for asked in self.benchmarks],
+            "policies": [policy.dump() for policy in self.policies],
+        }
+
 
 def parse_job(value: dict[str, Any] | JobSpec) -> JobSpec:
     """Check what a spec file holds. Raises `BadInput`."""

@@ -2,6 +2,8 @@
 
 RecordError
 ├── BadInput          what the caller asked for cannot be done; nothing was changed
+│   ├── Missing       there is nothing of that number
+│   ├── Conflict      what is there stands against it: the job has ended, the key belongs to another spec
 │   ├── NewerSchema   the database was written by a newer Shortstop
 │   └── OlderSchema   the database needs `shortstop db upgrade`
 ├── LeaseLost         the shard belongs to somebody else by now; nothing was written
@@ -18,6 +20,14 @@ class RecordError(Exception):
 
 class BadInput(RecordError, ValueError):
     """What the caller asked for cannot be done; the message names the field, the value and the remedy."""
+
+
+class Missing(BadInput):
+    """There is no job, run or key of that number."""
+
+
+class Conflict(BadInput):
+    """What is there stands against it: the job has ended, the key belongs to another spec."""
 
 
 class NewerSchema(BadInput):

@@ -1,5 +1,6 @@
 """What happened to a job, when, and who did it: written in the transaction that did it, and never changed."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, select
 
 from db.clock import now
+from db.records import JobState
 from db.session import Database
 from db.tables import job, job_event
 
@@ -63,8 +65,17 @@ def newest(connection: Connection, job_id: int) -> int:
     return connection.execute(last).scalar_one() or 0
 
 
-def events(db: Database, job_id: int, after: int = 0) -> list[Event]:
-    """What happened to the job since the event of the number `after`, in order."""
+def marks(db: Database, job_ids: Collection[int]) -> dict[int, tuple[JobState, int]]:
+    """Of each of these jobs the state and, of the same moment, the id of its last event: 0 where there is none."""
+    last = select(func.max(job_event.c.id)).where(job_event.c.job_id == job.c.id).scalar_subquery()
+    asked = select(job.c.id, job.c.state, last).where(job.c.id.in_(job_ids))
+    with db.read() as connection:
+        return {id: (JobState(state), last or 0) for id, state, last in connection.execute(asked)}
+
+
+def events(db: Database, job_id: int, after: int = 0, limit: int | None = None) -> list[Event]:
+    """What happened to the job since the event of the number `after`, in order; the first `limit` of it."""
     asked = select(job_event).where(job_event.c.job_id == job_id, job_event.c.id > after).order_by(job_event.c.id)
+    asked = asked.limit(limit)
     with db.read() as connection:
         return [Event(**row) for row in connection.execute(asked).mappings()]

@@ -7,7 +7,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 from db import events
 from db.cancelling import cancel_job
 from db.clock import now
-from db.errors import BadInput
+from db.errors import BadInput, Conflict, Missing
 from db.events import LOCAL, What
 from db.partial import whole
 from db.planning import plan_job
@@ -71,7 +71,7 @@ def create_job(
     """Write a job and its prepare task. Returns the job's id.
 
     The same principal with the same key and body hash again gets the job that is there, and nothing is written; with
-    another body hash `BadInput`, as for an empty key. Of several at the same moment one writes.
+    another body hash `Conflict`; an empty key is `BadInput`. Of several at the same moment one writes.
     """
     if idempotency_key is not None and not idempotency_key.strip():
         raise BadInput(f"key {idempotency_key!r} is empty; give the job a name of its own, or leave the key out.")
@@ -91,13 +91,13 @@ def create_job(
 
 
 def _of_key(connection: Connection, principal: str, key: str, body_hash: str | None) -> int:
-    """The job that the principal submitted under the key. Raises `BadInput` where it was asked for something else."""
+    """The job that the principal submitted under the key. Raises `Conflict` where it was asked for something else."""
     asked = select(job_table.c.id, job_table.c.body_hash).where(
         job_table.c.principal == principal, job_table.c.idempotency_key == key
     )
     found = connection.execute(asked).one()
     if found.body_hash != body_hash:
-        raise BadInput(
+        raise Conflict(
             f"key {key!r} belongs to job {found.id}, which was submitted with another spec; take another key."
         )
     return int(found.id)
@@ -134,7 +134,7 @@ def _set_paused(connection: Connection, job_id: int, paused: bool, who: str) -> 
 def retry_job(db: Database, job_id: int, *, who: str = LOCAL) -> int:
     """Make the job's dead tasks ready again with fresh attempts, also when it has failed. Returns how many.
 
-    Raises `BadInput` where the job was cancelled: the tasks that were open then are gone.
+    Raises `Conflict` where the job was cancelled: the tasks that were open then are gone.
     """
     with db.write() as connection:
         return _retry(connection, job_id, who)
@@ -169,12 +169,12 @@ def _retry(connection: Connection, job_id: int, who: str) -> int:
     return len(kinds)
 
 
-def _was_cancelled(job_id: int) -> BadInput:
-    return BadInput(f"job {job_id} was cancelled, and what was left of it is gone; submit it again.")
+def _was_cancelled(job_id: int) -> Conflict:
+    return Conflict(f"job {job_id} was cancelled, and what was left of it is gone; submit it again.")
 
 
-def _unknown(job_id: int) -> BadInput:
-    return BadInput(f"job {job_id} does not exist; `shortstop list` shows those that do.")
+def _unknown(job_id: int) -> Missing:
+    return Missing(f"job {job_id} does not exist; `shortstop list` shows those that do.")
 
 
 def dead_tasks(db: Database, job_id: int) -> list[DeadTask]:
@@ -186,7 +186,7 @@ def dead_tasks(db: Database, job_id: int) -> list[DeadTask]:
 
 
 def job(db: Database, job_id: int) -> JobRow:
-    """Raises `BadInput` where there is no such job."""
+    """Raises `Missing` where there is no such job."""
     with db.read() as connection:
         row = connection.execute(select(job_table).where(job_table.c.id == job_id)).one_or_none()
     if row is None:

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from db import events, schema
 from db.clock import now
-from db.errors import BadInput
+from db.errors import BadInput, Conflict, Missing
 from db.events import LOCAL, What
 from db.queue import NEW_TASK, Lease, complete, storable
 from db.records import JobState, PlannedBenchmark, PlannedPolicy
@@ -69,12 +69,12 @@ def add_policy(db: Database, job_id: int, policy: PlannedPolicy, *, who: str = L
         schema.hold(connection)
         found = connection.execute(select(job).where(job.c.id == job_id).with_for_update()).one_or_none()
         if found is None:
-            raise BadInput(f"job {job_id} does not exist; `shortstop list` shows those that do.")
+            raise Missing(f"job {job_id} does not exist; `shortstop list` shows those that do.")
         if found.state != JobState.DONE:
-            raise BadInput(f"job {job_id} is {found.state}; a policy can be added to a job that is done.")
+            raise Conflict(f"job {job_id} is {found.state}; a policy can be added to a job that is done.")
         runs = connection.execute(select(run).where(run.c.job_id == job_id).order_by(run.c.position)).all()
         if policy.label in {one.policy for one in runs}:
-            raise BadInput(f"policies: job {job_id} has {policy.label!r} already; give the new one another name.")
+            raise Conflict(f"policies: job {job_id} has {policy.label!r} already; give the new one another name.")
         for place, benchmark_id in enumerate(dict.fromkeys(one.benchmark_id for one in runs)):
             of_benchmark = [one for one in runs if one.benchmark_id == benchmark_id]
             _add_run(connection, of_benchmark, place, policy)

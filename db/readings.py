@@ -1,7 +1,7 @@
 """Reading results back: samples, completions and tokens in the benchmark's order, and what a summary is made of."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, select
 
-from db.errors import BadInput
+from db.errors import BadInput, Missing
 from db.jobs import runs_of
 from db.records import CompletionRow, OutcomeRow, RunData, RunRow, SampleRow, TokenBatch
 from db.rollups import rollup_of
@@ -39,18 +39,46 @@ def read_samples(connection: Connection, benchmark_id: int, first: int, end: int
     return [SampleRow(*row) for row in connection.execute(chosen.order_by(sample.c.position))]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a reader stopped: a run of the job, and a sample of its benchmark."""
+
+    run_id: int
+    sample_id: int
+
+
 def completions(
-    db: Database, *, run_id: int | None = None, job_id: int | None = None, limit: int | None = None
+    db: Database,
+    *,
+    run_id: int | None = None,
+    job_id: int | None = None,
+    limit: int | None = None,
+    after: Place | None = None,
+    with_tokens: bool = True,
 ) -> Iterator[CompletionRow]:
-    """Of one run or one job, by run, then in the benchmark's order; streamed. Raises `BadInput` for an unknown run."""
-    rows = (row for one in _runs(db, run_id, job_id) for window in _windows(db, one, limit) for row in window)
+    """Of one run or one job, by run, then in the benchmark's order; streamed. Raises `Missing` for an unknown run.
+
+    after: only what comes behind this completion. with_tokens: whether outcomes bring their tokens along.
+    """
+    starts = _starts(db, _runs(db, run_id, job_id), after, skip=1)
+    rows = (
+        row
+        for one, start in starts
+        for window in _windows(db, one, limit, start, selection(db.dialect) if with_tokens else [])
+        for row in window
+    )
     return islice(rows, limit)
 
 
-def tokens(db: Database, *, run_id: int | None = None, job_id: int | None = None) -> Iterator[TokenBatch]:
-    """The columns of the view `token` for one run or one job, by run and sample, in pieces of some thousand rows."""
-    for one in _runs(db, run_id, job_id):
-        for first in range(0, _n_samples(db, one), _WINDOW):
+def tokens(
+    db: Database, *, run_id: int | None = None, job_id: int | None = None, since: Place | None = None
+) -> Iterator[TokenBatch]:
+    """The columns of the view `token` for one run or one job, by run and sample, in pieces of some thousand rows.
+
+    since: only this completion's tokens, and what comes behind them.
+    """
+    for one, start in _starts(db, _runs(db, run_id, job_id), since, skip=0):
+        for first in range(start, _n_samples(db, one), _WINDOW):
             with db.read() as connection:
                 columns = [outcome.c.id, outcome.c.sample_id, *selection(db.dialect)]
                 rows = connection.execute(_in_window(one, first, _WINDOW, columns)).all()
@@ -60,7 +88,7 @@ def tokens(db: Database, *, run_id: int | None = None, job_id: int | None = None
 
 
 def run_data(db: Database, run_id: int, *, revision: int | None = None) -> RunData:
-    """What the run's summary is made of. Raises `BadInput` for an unknown run.
+    """What the run's summary is made of. Raises `Missing` for an unknown run.
 
     revision: of the scores; that in force when absent.
     """
@@ -151,8 +179,21 @@ def _runs(db: Database, run_id: int | None, job_id: int | None) -> list[RunRow]:
         rows = [] if job_id is None else runs_of(connection, job_id)
     rows = [row for row in rows if run_id in (None, row.id)]
     if run_id is not None and not rows:
-        raise BadInput(f"run {run_id} does not exist; `shortstop show` lists the runs of a job.")
+        raise Missing(f"run {run_id} does not exist; `shortstop show` lists the runs of a job.")
     return rows
+
+
+def _starts(db: Database, runs: list[RunRow], place: Place | None, skip: int) -> list[tuple[RunRow, int]]:
+    """The runs from `place` on, each with the position of the sample that it begins with: `skip` behind the place."""
+    if place is None:
+        return [(one, 0) for one in runs]
+    at = next((i for i, one in enumerate(runs) if one.id == place.run_id), None)
+    with db.read() as connection:
+        asked = select(sample.c.position, sample.c.benchmark_id).where(sample.c.id == place.sample_id)
+        found = connection.execute(asked).one_or_none()
+    if at is None or found is None or found.benchmark_id != runs[at].benchmark_id:
+        raise BadInput("the cursor is not of these rows; begin without one.")
+    return [(runs[at], found.position + skip), *((one, 0) for one in runs[at + 1 :])]
 
 
 def _n_samples(db: Database, one: RunRow) -> int:
@@ -176,10 +217,12 @@ def _in_window(one: RunRow, first: int, size: int, columns: Sequence[ColumnEleme
     )
 
 
-def _windows(db: Database, one: RunRow, limit: int | None) -> Iterator[list[CompletionRow]]:
+def _windows(
+    db: Database, one: RunRow, limit: int | None, first: int, of_tokens: Sequence[ColumnElement[Any]]
+) -> Iterator[list[CompletionRow]]:
     """The run's completions, a short transaction each few hundred; in the first no more than were asked for."""
-    columns = [*_SAMPLE, *_OUTCOME, *selection(db.dialect)]
-    first, size, n_samples = 0, _WINDOW if limit is None else min(limit, _WINDOW), _n_samples(db, one)
+    columns = [*_SAMPLE, *_OUTCOME, *of_tokens]
+    size, n_samples = _WINDOW if limit is None else min(limit, _WINDOW), _n_samples(db, one)
     while first < n_samples:
         with db.read() as connection:
             rows = connection.execute(_in_window(one, first, size, columns)).all()
@@ -212,12 +255,13 @@ def _completion(one: RunRow, dialect: str, row: Row[Any], scores: dict[int, dict
     n = len(_SAMPLE)
     values = tuple(row)
     fields = dict(zip(_OUTCOME_FIELDS, values[n : n + len(_OUTCOME)], strict=True))
+    of_tokens = values[n + len(_OUTCOME) :]
     return CompletionRow(
         run_id=one.id,
         policy=one.policy,
         benchmark=one.benchmark,
         sample=SampleRow(*values[:n]),
-        outcome=OutcomeRow(**fields, tokens=tokens_from(dialect, values[n + len(_OUTCOME) :])),
+        outcome=OutcomeRow(**fields, tokens=tokens_from(dialect, of_tokens) if of_tokens else None),
         scores=scores.get(fields["sample_id"], {}),
     )
 

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 import cluster.errors
 import db.errors
 import engine.errors
-from cluster.cli import catalogue, exchange, finished, fleet, jobs, machine, query, status, training
+from cluster.cli import catalogue, exchange, finished, fleet, jobs, machine, query, serve, status, training
 from cluster.cli.output import note
 
 
@@ -82,6 +82,7 @@ for command in (
     catalogue.benchmarks,
     catalogue.policies,
     training.train,
+    serve.serve,
     machine.doctor,
 ):
     app.command(name=command.__name__.removesuffix("_jobs").removesuffix("_job").replace("_", "-"))(command)
@@ -92,6 +93,12 @@ database.command()(machine.check)
 database.command()(machine.prune)
 database.command()(machine.backup)
 app.add_typer(database, name="db")
+
+keys = typer.Typer(help="Look after the API keys of a server's clients.", no_args_is_help=True)
+keys.command()(serve.create)
+keys.command("list")(serve.list_keys)
+keys.command()(serve.revoke)
+app.add_typer(keys, name="key")
 
 
 def main() -> None:

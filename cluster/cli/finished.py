@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.cli.jobs import end, print_job_report, work_on
-from cluster.cli.options import DatabaseUrl, HtmlFile, Inline, JobId, JsonFlag, Workers
+from cluster.cli.jobs import see_through
+from cluster.cli.options import DatabaseUrl, HtmlFile, Inline, JobId, JsonFlag, ServerUrl, Workers
 from cluster.cli.output import note, print_json
-from cluster.cli.start import opened, start, writable
+from cluster.cli.start import opened, service, start, writable
 from engine.errors import BadInput
 
 PolicyText = Annotated[
@@ -30,19 +30,15 @@ def add_policy(
     inline: Inline = False,
     html: HtmlFile = None,
     database: DatabaseUrl = None,
+    server: ServerUrl = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Add a policy to a job that is done, compute only its runs, report."""
-    from cluster import adding
-
-    settings, page = start(database, workers), writable(html)
-    asked = read_policy(policy)
-    with opened(settings, create=False) as db:
-        label = adding.add_policy(db, job, asked)
+    page = writable(html)
+    with service(database, workers, server, inline=inline) as shortstop:
+        label = shortstop.add_policy(job, read_policy(policy))
         note(f"job {job}: {label} added")
-        state = work_on(db, job, settings, inline, database)
-        print_job_report(db, job, page, as_json)
-        end(db, job, state)
+        see_through(shortstop, job, inline, database, server, page, as_json)
 
 
 def rescore(job: JobId, metric: MetricNames = None, database: DatabaseUrl = None, as_json: JsonFlag = False) -> None:

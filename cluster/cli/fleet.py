@@ -41,14 +41,7 @@ def fleet(
     from cluster.fleet.keeper import Keeper, Orders
 
     settings = start(database, None, ray_address, gpus_per_worker)
-    orders = Orders(
-        workers=workers,
-        workers_a_node=settings.workers,
-        **settings.model_dump(
-            include={"database_url", "gpus_per_worker", "ray_address", "lease_seconds", "idle_seconds", "log_level"}
-        ),
-    )
-    keeper = Keeper(orders, f"{socket.gethostname()}, process {os.getpid()}")
+    keeper = Keeper(Orders.of(settings, workers), f"{socket.gethostname()}, process {os.getpid()}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: keeper.stop())
     with ExitStack() as stack:

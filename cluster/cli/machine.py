@@ -85,7 +85,7 @@ def prune(
     """Remove jobs that ended long ago, and benchmarks and artifacts that no job refers to."""
     from db.pruning import planned, prune
 
-    age = _seconds(older_than)
+    age = seconds("--older-than", older_than)
     with opened(start(database), create=False) as db:
         done = planned(db, age) if dry_run else prune(db, age, on_job=lambda job: note(f"job {job}: removed"))
     if as_json:
@@ -111,10 +111,11 @@ def backup(
     print(to_json({"file": file}) if as_json else f"backup written to {file}")
 
 
-def _seconds(age: str) -> float:
+def seconds(option: str, age: str) -> float:
+    """An age that an option names, in seconds. Raises `BadInput`."""
     found = re.fullmatch(r"(\d{1,9})([smhdw])", age.strip())
     if found is None:
-        raise BadInput(f"--older-than {age!r} is no age; write a number and s, m, h, d or w, like 30d.")
+        raise BadInput(f"{option} {age!r} is no age; write a number and s, m, h, d or w, like 30d.")
     return int(found[1]) * _SECONDS[found[2]]
 
 

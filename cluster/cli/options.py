@@ -13,6 +13,14 @@ DatabaseUrl = Annotated[
         help="sqlite:///file or postgresql+psycopg://…; without it the one that the settings name.",
     ),
 ]
+ServerUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="URL",
+        help="Ask this server instead of a database; SHORTSTOP_SERVER names one, SHORTSTOP_KEY its key.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from decimal import Decimal
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from cluster.cli.options import DatabaseUrl
+from cluster.cli.options import DatabaseUrl, ServerUrl
 from cluster.cli.output import note, print_table, to_json
-from cluster.cli.start import start, writable
+from cluster.cli.start import service, writable
+from cluster.rows import plain
 from engine.errors import BadInput
 
 if TYPE_CHECKING:
-    from db.queries import Result
+    from cluster.service import Answer
 
 #: rows that a table shows; all other formats are streamed whole
 TABLE_ROWS = 1000
@@ -46,11 +46,10 @@ def query(
         float, typer.Option("--timeout", metavar="SECONDS", min=0.001, help="End a query that takes longer.")
     ] = 30,
     database: DatabaseUrl = None,
+    server: ServerUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array: --format json.")] = False,
 ) -> None:
     """Ask the record in SQL, read-only; docs/sql.md has the views."""
-    from db.queries import query as ask
-
     form = Format.JSON if as_json else form
     if form is Format.PARQUET and output is None:
         raise BadInput("format parquet is no text; name a file with --output.")
@@ -58,15 +57,19 @@ def query(
         raise BadInput(f"output {output!r}: a table is for the screen; choose --format csv, jsonl, json or parquet.")
     file = writable(output)
     text = sys.stdin.read() if sql == "-" else sql
-    with ask(start(database).database_url, text, timeout_s=timeout, limit=limit) as answer:
+    most = TABLE_ROWS + 1 if form is Format.TABLE and limit is None else limit
+    with (
+        service(database, server=server) as shortstop,
+        shortstop.query(text, timeout_s=timeout, limit=most) as answer,
+    ):
         if file is None:
             _write(answer, form, sys.stdout)
             return
         with _whole(file) as partial:
             if form is Format.PARQUET:
-                from cluster.cli.parquet import write_parquet
+                from cluster.parquet import write_parquet
 
-                write_parquet(partial, answer.columns, map(_plain, answer))
+                write_parquet(partial, answer.columns, map(plain, answer))
             else:
                 with partial.open("w", encoding="utf-8", newline="") as stream:
                     _write(answer, form, stream)
@@ -83,13 +86,13 @@ def _whole(file: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _write(answer: "Result", form: Format, stream: TextIO) -> None:
+def _write(answer: "Answer", form: Format, stream: TextIO) -> None:
     if form is Format.TABLE:
         _print_rows(answer)
     elif form is Format.CSV:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(answer.columns)
-        writer.writerows(map(_plain, answer))
+        writer.writerows(map(plain, answer))
     elif form is Format.JSONL:
         for row in _mappings(answer):
             print(to_json(row), file=stream)
@@ -101,21 +104,11 @@ def _write(answer: "Result", form: Format, stream: TextIO) -> None:
         print("[]" if before.startswith("[") else "\n]", file=stream)
 
 
-def _mappings(answer: "Result") -> Iterator[dict[str, Any]]:
-    return (dict(zip(answer.columns, _plain(row), strict=True)) for row in answer)
+def _mappings(answer: "Answer") -> Iterator[dict[str, Any]]:
+    return (dict(zip(answer.columns, plain(row), strict=True)) for row in answer)
 
 
-def _plain(row: tuple[Any, ...]) -> tuple[Any, ...]:
-    """PostgreSQL's sums of integers come as decimals, SQLite's as integers: the answer is the same."""
-    return tuple(_number(value) if isinstance(value, Decimal) else value for value in row)
-
-
-def _number(value: Decimal) -> int | float:
-    exponent = value.as_tuple().exponent
-    return int(value) if isinstance(exponent, int) and exponent >= 0 else float(value)
-
-
-def _print_rows(answer: "Result") -> None:
+def _print_rows(answer: "Answer") -> None:
     rows = iter(answer)
     print_table(answer.columns, islice(rows, TABLE_ROWS))
     if next(rows, None) is not None:

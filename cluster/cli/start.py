@@ -8,8 +8,37 @@ from typing import TYPE_CHECKING
 from engine.errors import BadInput
 
 if TYPE_CHECKING:
+    from cluster.service import Service
     from cluster.settings import Settings
     from db.session import Database
+
+
+def service(
+    database_url: str | None = None,
+    workers: int | None = None,
+    server: str | None = None,
+    ray_address: str | None = None,
+    gpus_per_worker: float | None = None,
+    *,
+    inline: bool = False,
+) -> "closing[Service]":
+    """Who does what a command asks for, for a `with` block: a server where one is named, and no database is.
+
+    Raises `BadInput` for options that belong to the other.
+    """
+    settings = start(database_url, workers, ray_address, gpus_per_worker, server=server)
+    if database_url is not None or settings.server is None:
+        if server is not None:
+            raise BadInput(f"--database {database_url!r} and --server {server!r}: give one of them.")
+        from cluster.local import Local
+
+        return closing(Local(settings))
+    mine = {"--workers": workers, "--ray-address": ray_address, "--gpus-per-worker": gpus_per_worker}
+    if option := "--inline" if inline else next((name for name, value in mine.items() if value is not None), None):
+        raise BadInput(f"{option}: the workers belong to the server {settings.server!r}; leave it out, or --server.")
+    from cluster.client import Client
+
+    return closing(Client(settings.server, settings.key))
 
 
 def start(
@@ -17,13 +46,21 @@ def start(
     workers: int | None = None,
     ray_address: str | None = None,
     gpus_per_worker: float | None = None,
+    *,
+    server: str | None = None,
+    allow: list[str] | None = None,
 ) -> "Settings":
     """The settings with a command's options on top; logs set up as they say. Raises `BadInput`."""
     from cluster.logs import configure_logs
     from cluster.settings import load_settings
 
     settings = load_settings(
-        database_url=database_url, workers=workers, ray_address=ray_address, gpus_per_worker=gpus_per_worker
+        database_url=database_url,
+        workers=workers,
+        ray_address=ray_address,
+        gpus_per_worker=gpus_per_worker,
+        server=server,
+        allow=allow or None,
     )
     configure_logs(settings.log_level)
     return settings

@@ -16,6 +16,7 @@ import structlog
 from pydantic import BaseModel
 
 from cluster.errors import FleetError
+from cluster.settings import Settings
 from db.errors import BadInput, Unavailable
 from db.exclusive import Exclusive
 from db.session import open_database
@@ -47,6 +48,14 @@ class Orders(BaseModel):
     idle_seconds: float = 60.0
     log_level: str = "warning"
     again: bool = False  #: the first one had joined: what cannot be reached now will be
+
+    @classmethod
+    def of(cls, settings: Settings, workers: int | None = None) -> "Orders":
+        """As the settings say."""
+        named = settings.model_dump(
+            include={"database_url", "gpus_per_worker", "ray_address", "lease_seconds", "idle_seconds", "log_level"}
+        )
+        return cls(workers=workers, workers_a_node=settings.workers, **named)
 
 
 class Keeper:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[1] / "engine"))
 # workers of a fleet are made of what stands there, too
 os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
+from served import Site, opened_site
 from small_world import World, bundle, columns, write_prompts
 
 from cluster import jobs
@@ -74,3 +76,15 @@ def ray_here() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def site(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A server on each database, with keys, a finished job and one that waits."""
+    folder = tmp_path_factory.mktemp("site")
+    with ExitStack() as stack:
+        if request.param == "sqlite":
+            url = f"sqlite:///{folder / 'record.db'}"
+        else:
+            url = stack.enter_context(request.getfixturevalue("new_postgresql_url")())
+        yield stack.enter_context(opened_site(url, folder / "uploads", world))

@@ -21,7 +21,7 @@ from cluster.compose.host import MARK, Host
 ROOT = Path(__file__).parents[2]
 
 #: what is up, and what is run in the fleet's place until the job has ended
-SERVICES = ("fleet",)
+SERVICES = ("fleet", "api")
 WATCH = ("shortstop", "status", "1", "--watch")
 
 pytestmark = pytest.mark.timeout(600)

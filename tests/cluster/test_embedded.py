@@ -41,7 +41,7 @@ def test_completions_are_streamed_as_arrow(
     evaluated: shortstop.JobReport, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same rows and columns as the DataFrame, in pieces."""
-    monkeypatch.setattr("cluster.embedded._PIECE", 50)
+    monkeypatch.setattr("cluster.frames._PIECE", 50)
     table = shortstop.completions(evaluated, database=url)
     reader = shortstop.completions(evaluated.job_id, arrow=True, database=url)
     batches = list(reader)

@@ -75,7 +75,7 @@ def test_a_fleet_survives_its_supervisor_and_leaves_nothing_when_it_is_terminate
     assert fleet.stderr is not None
     [place] = re.findall(r"^metrics at (http://127\.0\.0\.1:\d+/metrics)$", fleet.stderr.readline())
     with urlopen(place, timeout=30) as answer:
-        assert b"\nshortstop_workers{state=\"idle\"}" in answer.read()
+        assert b'\nshortstop_workers{state="idle"}' in answer.read()
     wait_for("Ray's processes to follow", lambda: not any(child.is_running() for child in left_behind))
     fleet.send_signal(signal.SIGTERM)
     said = fleet.stderr.read()

@@ -13,7 +13,7 @@ from made import planned_job, summarise, work
 from typer.testing import CliRunner, Result
 
 from cluster.cli import app
-from cluster.cli.parquet import write_parquet
+from cluster.parquet import write_parquet
 from db import queries, results
 from db.errors import BadInput
 from db.queries import query

@@ -1,0 +1,40 @@
+"""The server's fleet: workers for every job of the record, until the server ends.
+
+The one place where `shortstop serve` gets workers from.
+"""
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from cluster.errors import ClusterError
+from cluster.fleet.keeper import Keeper, Orders
+from cluster.settings import Settings
+from db.errors import RecordError
+from engine.errors import EngineError
+
+log = structlog.get_logger()
+
+
+@contextmanager
+def fleet(settings: Settings) -> Iterator[None]:
+    """Keep workers for as long as the context lasts. Where the database has a fleet already, that one works."""
+    keeper = Keeper(Orders.of(settings), f"the server on {socket.gethostname()}, process {os.getpid()}")
+    thread = threading.Thread(target=_keep, args=(keeper,), name="fleet")
+    thread.start()
+    try:
+        yield
+    finally:
+        keeper.stop()
+        thread.join()
+
+
+def _keep(keeper: Keeper) -> None:
+    try:
+        keeper.run(wait=True, on_wait=lambda holder: log.info("another fleet works on this database", holder=holder))
+    except (EngineError, RecordError, ClusterError) as error:
+        log.error("the server has no workers", reason=str(error))  # it answers nonetheless

@@ -1,0 +1,37 @@
+"""What the server knows: models, benchmarks and policies by name, and the workers that were heard of."""
+
+from fastapi import APIRouter, Response
+
+from cluster.api.access import Reader
+from cluster.api.jobs import Shared
+from cluster.api.problems import described
+from cluster.api.state import told
+from cluster.known import Known, KnownPolicy, known_benchmarks, known_models, known_policies
+from db import listing
+from db.listing import WorkerRow
+
+router = APIRouter(tags=["known"])
+
+
+@router.get("/v1/models", response_model=list[Known], responses=described())
+async def models(caller: Reader) -> Response:
+    """The models known by name."""
+    return await told(known_models)
+
+
+@router.get("/v1/benchmarks", response_model=list[Known], responses=described())
+async def benchmarks(caller: Reader) -> Response:
+    """The benchmarks known by name."""
+    return await told(known_benchmarks)
+
+
+@router.get("/v1/policies", response_model=list[KnownPolicy], responses=described())
+async def policies(caller: Reader) -> Response:
+    """The policies and their options."""
+    return await told(known_policies)
+
+
+@router.get("/v1/workers", response_model=list[WorkerRow], responses=described())
+async def workers(caller: Reader, state: Shared) -> Response:
+    """The workers that hold a task or asked for one lately."""
+    return await told(lambda: listing.workers(state.db))

@@ -1,0 +1,365 @@
+"""The service of a server: what `cluster.local` does on a database, asked for over HTTP."""
+
+import json
+import random
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+import httpx
+from pydantic import TypeAdapter
+
+from cluster.errors import NotAllowed, ServerError
+from cluster.known import Known, KnownPolicy
+from cluster.reports.model import JobReport
+from cluster.service import JobDetails, Retried, Service
+from cluster.spec import JobSpec, parse_job, read_job
+from cluster.upload import uploaded
+from db.errors import BadInput, Conflict, Missing
+from db.events import Event
+from db.listing import JobSummary, WorkerRow
+from db.records import JobRow, JobState, Progress
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+    from cluster.prepare import Validation
+
+T = TypeVar("T")
+
+#: tries of a request that may be made again, and the longest pause between two
+_TRIES = 8
+_LONGEST_PAUSE = 8.0
+#: a read that takes longer is given up, a question or a report excepted
+_TIMEOUT = httpx.Timeout(30.0, connect=5.0)
+_LONG = httpx.Timeout(300.0, connect=5.0)
+_AGAIN = {429, 502, 503, 504}
+_PAGE = 1000
+#: of an archive of answers that fits into memory
+_IN_MEMORY = 1 << 20
+_REFUSALS = {404: Missing, 409: Conflict, 413: BadInput, 415: BadInput, 421: BadInput, 422: BadInput, 400: BadInput}
+
+
+class Client(Service):
+    """A server, and an API key for it.
+
+    Requests that change nothing, and submissions, are made again where the line breaks or the server is busy: a
+    submission carries a key by which the server knows it. Raises what `Local` raises; `NotAllowed` for a key that may
+    not, and `ServerError` for a server that is not there or fails.
+    """
+
+    def __init__(self, url: str, key: str | None = None, *, transport: httpx.BaseTransport | None = None) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise BadInput(f"server {url!r} is no URL; write it like https://shortstop.example.org.")
+        headers = {"User-Agent": "shortstop"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._url = url.rstrip("/")
+        self._http = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT, transport=transport)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # --- jobs --------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, spec: JobSpec | dict[str, Any] | str | Path, folder: Path | None = None, *, key: str | None = None
+    ) -> int:
+        """As `Service.submit`; spec: also what a spec file would hold, or such a file.
+
+        Folders and files that the spec names and that lie on this machine are uploaded.
+        """
+        asked, folder = _read(spec, folder)
+        body = uploaded(asked, folder, self.upload).dump()
+        headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+        return int(self._json("POST", "/v1/jobs", json=body, headers=headers, again=True)["job"])
+
+    def validate(self, spec: JobSpec | dict[str, Any] | str | Path, folder: Path | None = None) -> "Validation":
+        """As `Service.validate`; spec as in `submit`."""
+        from cluster.prepare import Validation
+
+        asked, folder = _read(spec, folder)
+        body = uploaded(asked, folder, self.upload).dump()
+        return self._typed(Validation, "POST", "/v1/validate", json=body, again=True, timeout=_LONG)
+
+    def upload(self, archive: bytes) -> str:
+        """Upload a zip archive. Returns how specs name it: `upload:ID`, then `/` and a path in it."""
+        headers = {"Content-Type": "application/zip"}
+        answer = self._json("POST", "/v1/uploads", content=archive, headers=headers, again=True, timeout=_LONG)
+        return str(answer["upload"])
+
+    def jobs(
+        self, *, states: Sequence[str] = (), search: str | None = None, principal: str | None = None
+    ) -> list[JobSummary]:
+        """As `Service.jobs`; only those in one of these states, with this in the name or model, of this principal."""
+        wanted = {"state": list(states), "search": search, "principal": principal, "limit": _PAGE}
+        wanted = {name: value for name, value in wanted.items() if value}
+        found: list[JobSummary] = []
+        following: str | None = ""
+        while following is not None:
+            page = self._json("GET", "/v1/jobs", params=wanted | ({"cursor": following} if following else {}))
+            found += TypeAdapter(list[JobSummary]).validate_python(page["jobs"])
+            following = page["next"]
+        return found
+
+    def job(self, job_id: int) -> JobDetails:
+        return self._typed(JobDetails, "GET", f"/v1/jobs/{job_id}")
+
+    def cancel(self, job_id: int) -> JobRow:
+        return self._typed(JobRow, "POST", f"/v1/jobs/{job_id}/cancel")
+
+    def pause(self, job_id: int) -> JobRow:
+        return self._typed(JobRow, "POST", f"/v1/jobs/{job_id}/pause")
+
+    def retry(self, job_id: int) -> Retried:
+        return self._typed(Retried, "POST", f"/v1/jobs/{job_id}/retry")
+
+    def resume(self, job_id: int) -> Retried:
+        return self._typed(Retried, "POST", f"/v1/jobs/{job_id}/resume", again=True)
+
+    def add_policy(self, job_id: int, policy: Any) -> str:
+        asked = policy.dump() if hasattr(policy, "dump") else policy
+        return str(self._json("POST", f"/v1/jobs/{job_id}/policies", json=asked)["policy"])
+
+    def report(self, job_id: int, *, with_tokens: bool = True) -> JobReport:
+        """As `Service.report`."""
+        params = {"tokens": with_tokens}
+        return self._typed(JobReport, "GET", f"/v1/jobs/{job_id}/report", params=params, timeout=_LONG)
+
+    # --- watching ----------------------------------------------------------------------------------------------------
+
+    def work(
+        self, job_id: int, *, inline: bool = False, on_progress: Callable[[Progress], None] = lambda progress: None
+    ) -> JobState:
+        """Wait: the work is the server's."""
+        return self.wait(job_id, on_progress=on_progress)
+
+    def wait(
+        self,
+        job_id: int,
+        *,
+        timeout_s: float | None = None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> JobState:
+        """Until the job has ended. Returns the state that it ended in. Raises `TimeoutError`."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        found = self.job(job_id)
+        for kind, _ in self._frames(job_id, 0, deadline):
+            if kind in ("job", "progress"):
+                found = self.job(job_id)
+                on_progress(found.progress)
+            if found.job.state.ended:
+                break
+        state = self.job(job_id).job.state
+        if not state.ended:
+            raise TimeoutError(f"job {job_id} is still {state} after {timeout_s:g} s.")
+        return state
+
+    def stream(self, job_id: int, *, after: int = 0) -> Iterator[Event]:
+        """What happens to the job behind the event `after`, as it happens, until the job has ended."""
+        for kind, data in self._frames(job_id, after, None):
+            if kind == "job":
+                yield TypeAdapter(Event).validate_python(data)
+
+    def _frames(self, job_id: int, after: int, deadline: float | None) -> Iterator[tuple[str, Any]]:
+        """Server-sent events until the job has ended, the line broken or not; `("", None)` where nothing happens."""
+        failures = 0
+        while deadline is None or time.monotonic() < deadline:
+            try:
+                headers = {"Last-Event-ID": str(after)}
+                with self._http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers) as answer:
+                    if answer.status_code == 204:
+                        return
+                    self._check(answer)
+                    for kind, data in _parsed(answer.iter_lines()):
+                        failures = 0
+                        if kind == "job":
+                            after = data["id"]
+                        yield kind, data
+                        if deadline is not None and time.monotonic() >= deadline:
+                            return
+            except (httpx.TransportError, _Busy) as error:
+                failures += 1
+                if failures >= _TRIES:
+                    raise self._gone(error) from None
+                _pause(failures)
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    @overload
+    def completions(self, job_id: int, *, arrow: Literal[False] = False) -> "pd.DataFrame": ...
+
+    @overload
+    def completions(self, job_id: int, *, arrow: Literal[True]) -> "pa.RecordBatchReader": ...
+
+    def completions(self, job_id: int, *, arrow: bool = False) -> "pd.DataFrame | pa.RecordBatchReader":
+        """A row a completion, with a column a metric. arrow: streamed; memory does not grow with the job."""
+        reader = self._table(f"/v1/jobs/{job_id}/completions")
+        return reader if arrow else reader.read_pandas()
+
+    def tokens(self, job_id: int) -> "pa.RecordBatchReader":
+        """A row a token, streamed as Arrow: the columns of the view `token`. `.read_pandas()` gives a DataFrame."""
+        return self._table(f"/v1/jobs/{job_id}/tokens")
+
+    def _table(self, path: str) -> "pa.RecordBatchReader":
+        """Parquet of any size, through a file that is gone when it is read."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        file = self._received("GET", path, params={"format": "parquet"})
+        table = pq.ParquetFile(file)
+
+        def batches() -> "Iterator[pa.RecordBatch]":
+            with file:
+                yield from table.iter_batches()
+
+        return pa.RecordBatchReader.from_batches(table.schema_arrow, batches())
+
+    def query(self, sql: str, *, timeout_s: float = 30, limit: int | None = None) -> "Rows":
+        """As `Service.query`; all rows are here before the first is given."""
+        body = {"sql": sql, "timeout_s": timeout_s, "limit": limit, "format": "arrays"}
+        return Rows(self._received("POST", "/v1/query", json=body))
+
+    def _received(self, method: str, path: str, **options: Any) -> IO[bytes]:
+        """The whole body of an answer, in a file that is gone when it is closed."""
+
+        def ask() -> IO[bytes]:
+            file: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - closed by who reads it
+            try:
+                with self._answering(method, path, timeout=_LONG, **options) as answer:
+                    for piece in answer.iter_bytes():
+                        file.write(piece)
+            except BaseException:
+                file.close()
+                raise
+            file.seek(0)
+            return file
+
+        return self._tried(ask, again=True)
+
+    # --- what is known -----------------------------------------------------------------------------------------------
+
+    def models(self) -> list[Known]:
+        return self._typed(list[Known], "GET", "/v1/models")
+
+    def benchmarks(self) -> list[Known]:
+        return self._typed(list[Known], "GET", "/v1/benchmarks")
+
+    def policies(self) -> list[KnownPolicy]:
+        return self._typed(list[KnownPolicy], "GET", "/v1/policies")
+
+    def workers(self) -> list[WorkerRow]:
+        """The workers that hold a task or asked for one lately."""
+        return self._typed(list[WorkerRow], "GET", "/v1/workers")
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _typed(self, kind: type[T], method: str, path: str, **options: Any) -> T:
+        return TypeAdapter(kind).validate_python(self._json(method, path, **options))
+
+    def _json(self, method: str, path: str, *, again: bool = False, **options: Any) -> Any:
+        def ask() -> Any:
+            with self._answering(method, path, **options) as answer:
+                return json.loads(answer.read())
+
+        return self._tried(ask, again or method == "GET")
+
+    def _tried(self, ask: Callable[[], T], again: bool) -> T:
+        """What `ask` returns, which is called again where it was not done, and where it may be done twice."""
+        for attempt in range(1, _TRIES + 1):
+            try:
+                return ask()
+            except (_Busy, httpx.ConnectError) as error:  # it was not done, it was not sent
+                failure: Exception = error
+            except httpx.TransportError as error:
+                if not again:
+                    raise self._gone(error) from None
+                failure = error
+            if attempt < _TRIES:
+                _pause(attempt)
+        raise self._gone(failure) from None
+
+    @contextmanager
+    def _answering(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
+        """The answer to one request, its body unread."""
+        with self._http.stream(method, path, **options) as answer:
+            self._check(answer)
+            yield answer
+
+    def _check(self, answer: httpx.Response) -> None:
+        """Raises what went wrong, in the server's words."""
+        if answer.is_success:
+            return
+        answer.read()
+        try:
+            detail = str(answer.json()["detail"])
+        except (ValueError, KeyError, TypeError):
+            detail = f"server {self._url!r} answered {answer.status_code}; is it a Shortstop?"
+        if answer.status_code in _AGAIN:
+            raise _Busy(detail)
+        if answer.status_code in (401, 403):
+            raise NotAllowed(f"server {self._url!r}: {detail}")
+        if answer.status_code in _REFUSALS:
+            raise _REFUSALS[answer.status_code](detail)
+        raise ServerError(f"server {self._url!r}: {detail}")
+
+    def _gone(self, error: Exception) -> ServerError:
+        reason = str(error) or type(error).__name__
+        return ServerError(f"server {self._url!r} does not serve ({reason}); see whether it runs, and try again.")
+
+
+class _Busy(Exception):
+    """The server did nothing, and may do it later."""
+
+
+class Rows:
+    """The rows of a query that a server answered."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.columns: list[str] = json.loads(file.readline())
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return (tuple(json.loads(line)) for line in self._file)
+
+    def __enter__(self) -> "Rows":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _read(spec: JobSpec | dict[str, Any] | str | Path, folder: Path | None) -> tuple[JobSpec, Path]:
+    """The spec, and what its relative paths start from."""
+    if isinstance(spec, str | Path):
+        return read_job(spec), folder or Path(spec).absolute().parent
+    return parse_job(spec), folder or Path.cwd()
+
+
+def _parsed(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+    """Server-sent events: `(event, data)`, and `("", None)` for a comment, which says that the line lives."""
+    kind, data = "", ""
+    for line in lines:
+        if line.startswith(":"):
+            yield "", None
+        elif line.startswith("event: "):
+            kind = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            data = line.removeprefix("data: ")
+        elif not line and data:
+            yield kind, json.loads(data)
+            kind, data = "", ""
+
+
+def _pause(attempt: int) -> None:
+    """Longer each time, and never in step with others."""
+    time.sleep(min(0.1 * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1))
