@@ -23,6 +23,7 @@ from db.session import BUSY_SECONDS, Database, explained, open_database
 
 if TYPE_CHECKING:
     import psycopg
+    from psycopg.abc import Buffer, Loader
 
 #: steps of SQLite's virtual machine between two looks at the clock
 _STEPS = 20_000
@@ -186,6 +187,7 @@ def _ask_postgresql(database: Database, sql: str, timeout_s: float, limit: int |
             connection = psycopg.connect(url, connect_timeout=10, application_name="shortstop query")
             stack.enter_context(closing(connection))
             _restrict(connection, timeout_s)
+            connection.adapters.register_loader("numeric", _number_loader())
             cursor = stack.enter_context(closing(connection.cursor(name="answer")))
             cursor.execute(sql.encode())
         except psycopg.Error as error:
@@ -193,6 +195,18 @@ def _ask_postgresql(database: Database, sql: str, timeout_s: float, limit: int |
         if not cursor.description:
             raise _wrong("it gives no columns")
         return _result(cursor, limit, deadline, stack.pop_all(), complaint)
+
+
+def _number_loader() -> "type[Loader]":
+    """Sums and means of integers come as `numeric`: integers and floats here, as SQLite gives them."""
+    from psycopg import adapt
+
+    class NumberLoader(adapt.Loader):
+        def load(self, data: "Buffer") -> int | float:
+            text = bytes(data)
+            return int(text) if text.lstrip(b"-").isdigit() else float(text)
+
+    return NumberLoader
 
 
 def _restrict(connection: "psycopg.Connection[Row]", timeout_s: float) -> None:

@@ -24,7 +24,6 @@ from cluster.api.access import Questioner
 from cluster.api.jobs import Shared
 from cluster.api.limits import read_json
 from cluster.api.problems import described, streams
-from cluster.rows import plain
 from db.queries import Result, query
 from engine.errors import BadInput
 from engine.spec import Spec, first_complaint
@@ -114,19 +113,19 @@ def _pieces(file: IO[bytes]) -> Iterator[bytes]:
 
 def _json(rows: Result, question: Question) -> Iterator[str]:
     most = min(question.limit or PAGE, PAGE)
-    found = [list(plain(row)) for row in rows]
+    found = [list(row) for row in rows]
     yield _text({"columns": rows.columns, "rows": found[:most], "more": len(found) > most})
 
 
 def _ndjson(rows: Result, question: Question) -> Iterator[str]:
     for row in rows:
-        yield _text(dict(zip(rows.columns, plain(row), strict=True))) + "\n"
+        yield _text(dict(zip(rows.columns, row, strict=True))) + "\n"
 
 
 def _arrays(rows: Result, question: Question) -> Iterator[str]:
     yield _text(rows.columns) + "\n"
     for row in rows:
-        yield _text(plain(row)) + "\n"
+        yield _text(row) + "\n"
 
 
 def _csv(rows: Result, question: Question) -> Iterator[str]:
@@ -138,7 +137,7 @@ def _csv(rows: Result, question: Question) -> Iterator[str]:
 
 def _and_columns(rows: Result) -> Iterator[Any]:
     yield rows.columns
-    yield from map(plain, rows)
+    yield from rows
 
 
 def _text(value: Any) -> str:

@@ -15,7 +15,6 @@ import typer
 from cluster.cli.options import DatabaseUrl, ServerUrl
 from cluster.cli.output import note, print_table, to_json
 from cluster.cli.start import service, writable
-from cluster.rows import plain
 from engine.errors import BadInput
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def query(
             if form is Format.PARQUET:
                 from cluster.parquet import write_parquet
 
-                write_parquet(partial, answer.columns, map(plain, answer))
+                write_parquet(partial, answer.columns, answer)
             else:
                 with partial.open("w", encoding="utf-8", newline="") as stream:
                     _write(answer, form, stream)
@@ -92,7 +91,7 @@ def _write(answer: "Answer", form: Format, stream: TextIO) -> None:
     elif form is Format.CSV:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(answer.columns)
-        writer.writerows(map(plain, answer))
+        writer.writerows(answer)
     elif form is Format.JSONL:
         for row in _mappings(answer):
             print(to_json(row), file=stream)
@@ -105,7 +104,7 @@ def _write(answer: "Answer", form: Format, stream: TextIO) -> None:
 
 
 def _mappings(answer: "Answer") -> Iterator[dict[str, Any]]:
-    return (dict(zip(answer.columns, plain(row), strict=True)) for row in answer)
+    return (dict(zip(answer.columns, row, strict=True)) for row in answer)
 
 
 def _print_rows(answer: "Answer") -> None:

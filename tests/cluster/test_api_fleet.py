@@ -24,6 +24,7 @@ def test_the_server_works_on_what_is_submitted(world: World, tmp_path: Path, dea
         assert children
     finally:
         if death == "SIGTERM":
+            served.http.close()
             served.process.terminate()
             served.process.communicate(timeout=90)
         else:
