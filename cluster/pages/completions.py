@@ -7,7 +7,6 @@ from urllib.parse import urlencode
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
-from starlette.background import BackgroundTask
 from starlette.responses import Response
 
 from cluster.api.access import Caller, Reader
@@ -87,7 +86,7 @@ def list_completions(
         chosen = dict(asked) | {name: str(value) for name, value in changes.items()}
         return f"/jobs/{job_id}/completions?{urlencode({name: value for name, value in chosen.items() if value})}"
 
-    response = show(
+    return show(
         request,
         caller,
         "completions.html.j2",
@@ -104,9 +103,6 @@ def list_completions(
         start=start,
         url=url,
     )
-    if mine:  # loading the tokenizer takes seconds: who looks at a list is about to look at a completion
-        response.background = BackgroundTask(texts_of, state.db, job_id)
-    return response
 
 
 @router.get("/jobs/{job_id}/completions/{sample_id}")

@@ -70,12 +70,12 @@ def test_the_log_in_form_must_be_this_servers(scene: Scene, visitor: httpx.Clien
 def test_a_form_without_the_token_changes_nothing(scene: Scene, visitor: httpx.Client) -> None:
     log_in(visitor, scene.key)
     forms = {
-        "/logout": {},
+        "/logout": {"then": ""},
         "/submit": {"spec": "model: x"},
         "/query": {"sql": "SELECT 1"},
-        f"/jobs/{scene.waiting}/cancel": {},
-        f"/jobs/{scene.waiting}/resume": {},
-        f"/jobs/{scene.dead}/retry": {},
+        f"/jobs/{scene.waiting}/cancel": {"then": ""},
+        f"/jobs/{scene.waiting}/resume": {"then": ""},
+        f"/jobs/{scene.dead}/retry": {"then": ""},
         f"/jobs/{scene.done}/policies": {"policy": "full"},
     }
     for path, form in forms.items():
@@ -128,7 +128,9 @@ def test_a_spec_is_tried_out_and_submitted_once(scene: Scene, visitor: httpx.Cli
     first, second = (visitor.post("/submit", data=form | {"do": "submit"}) for _ in range(2))
     assert first.status_code == 303
     assert first.headers["location"] == second.headers["location"]
-    refused = visitor.post("/submit", data=form | {"spec": "model: /etc/passwd\nbenchmarks: [humaneval-lines]"})
+    refused = visitor.post(
+        "/submit", data=form | {"spec": "model: /etc/passwd\nbenchmarks: [humaneval-lines]\npolicies: [full]"}
+    )
     assert refused.status_code == 422
     assert "allow" in refused.text
 
