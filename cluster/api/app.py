@@ -21,6 +21,7 @@ from cluster.api.problems import ProblemDetails, tell_problems
 from cluster.api.state import THREADS, State
 from cluster.api.watching import Hub
 from cluster.metrics import Metrics
+from cluster.pages.routes import router as pages
 from cluster.settings import Settings
 from cluster.spec import JobSpec
 from db.session import Database
@@ -42,8 +43,11 @@ class Login(BaseModel):
     key: str
 
 
-def make_app(db: Database, settings: Settings, *, is_loopback: bool) -> FastAPI:
-    """The API over an open record, which stays its owner's. is_loopback: whether it answers to this machine only."""
+def make_app(db: Database, settings: Settings, *, is_loopback: bool, with_pages: bool = True) -> FastAPI:
+    """The API and the pages over an open record, which stays its owner's.
+
+    is_loopback: whether it answers to this machine only.
+    """
     hub = Hub(db)
     state = State(db, settings, is_loopback, hub, Rate(settings.requests_per_second), Metrics(db))
 
@@ -75,6 +79,8 @@ def make_app(db: Database, settings: Settings, *, is_loopback: bool) -> FastAPI:
     tell_problems(app)
     for room in (jobs, rows, questions, uploads, known, sessions, health):
         app.include_router(room.router)
+    if with_pages:
+        app.include_router(pages)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
@@ -112,15 +118,17 @@ class Logged:
             return
         began, status = time.perf_counter(), 0
 
-        async def told(message: Message) -> None:
+        async def noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), *_HEADERS]
+                told = {name for name, _ in message.get("headers", [])}
+                ours = [header for header in _HEADERS if header[0] not in told]
+                message["headers"] = [*message.get("headers", []), *ours]
             await send(message)
 
         try:
-            await self._app(scope, receive, told)
+            await self._app(scope, receive, noted)
         finally:
             took = round((time.perf_counter() - began) * 1000, 1)
             log.info("request", method=scope["method"], path=scope["path"], status=status, ms=took)

@@ -102,7 +102,7 @@ async def read_json(request: Request) -> Any:
     check_type(request, "application/json")
     try:
         value = json.loads(await request.body(), parse_constant=_refuse)
-        _check(value)
+        check_json(value)
     except RecursionError:
         raise Problem("bad-request", f"The JSON is nested deeper than {_DEEPEST} levels; make it flat.") from None
     except ValueError as error:
@@ -115,7 +115,8 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON number")
 
 
-def _check(value: Any, depth: int = 0) -> None:
+def check_json(value: Any, depth: int = 0) -> None:
+    """Raises `ValueError` or `RecursionError` for what databases cannot keep."""
     if depth > _DEEPEST:
         raise RecursionError
     if isinstance(value, str):
@@ -128,7 +129,7 @@ def _check(value: Any, depth: int = 0) -> None:
     elif isinstance(value, list | dict):
         for part in value.items() if isinstance(value, dict) else value:
             for one in part if isinstance(value, dict) else (part,):
-                _check(one, depth + 1)
+                check_json(one, depth + 1)
 
 
 def check_text(value: str) -> None:

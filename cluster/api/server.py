@@ -26,6 +26,7 @@ def serve(
     host: str,
     port: int,
     with_fleet: bool,
+    with_pages: bool = True,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve until SIGINT or SIGTERM.
@@ -40,7 +41,7 @@ def serve(
                 f"host {host!r} is open to others, and there is no API key; make one with `shortstop key create`, "
                 "or serve on 127.0.0.1."
             )
-        app = make_app(db, settings, is_loopback=loopback)
+        app = make_app(db, settings, is_loopback=loopback, with_pages=with_pages)
         config = uvicorn.Config(
             app,
             log_config=None,

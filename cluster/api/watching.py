@@ -116,6 +116,11 @@ class Hub:
         for watch in self._watches.values():
             watch.wake()
 
+    @property
+    def closing(self) -> bool:
+        """Whether the server ends, and all streams with it."""
+        return self._closing
+
     def check_room(self) -> None:
         """Raises `Problem` where nobody else can listen."""
         if sum(watch.listeners for watch in self._watches.values()) >= MOST_LISTENERS:

@@ -25,6 +25,9 @@ def serve(
     ),
     port: Annotated[int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0: any that is free.")] = 8321,
     fleet: Annotated[bool, typer.Option("--fleet/--no-fleet", help="Work on the jobs as well, or only serve.")] = True,
+    pages: Annotated[bool, typer.Option("--pages/--no-pages", help="Pages for browsers as well, or the API only.")] = (
+        True
+    ),
     allow: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,7 +37,7 @@ def serve(
     workers: Workers = None,
     database: DatabaseUrl = None,
 ) -> None:
-    """Serve the HTTP API, and work on the jobs that come."""
+    """Serve the HTTP API and pages to look at in a browser, and work on the jobs that come."""
     from cluster.api.server import serve
 
     settings = start(database, workers, allow=allow)
@@ -43,6 +46,7 @@ def serve(
         host=host,
         port=port,
         with_fleet=fleet,
+        with_pages=pages,
         on_ready=lambda url: note(f"serving on {url}, end with Ctrl-C"),
     )
 

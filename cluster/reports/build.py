@@ -20,15 +20,16 @@ FEWEST_EXAMPLES = 2
 BILLIONTH = 1e-9
 
 
-def build_report(db: Database, job_id: int, decode: Decode | None = None) -> JobReport:
+def build_report(db: Database, job_id: int, decode: Decode | None = None, *, with_examples: bool = True) -> JobReport:
     """What a job found. Of a job under way: the sums so far, marked partial.
 
     decode: the texts of token ids, one each; without it examples are plain text, not coloured by exit layer.
+    with_examples: without them nothing but sums and summaries is read, whatever the size of the job.
     Raises `db.errors.BadInput` where there is no such job.
     """
     job, (done, total), runs = jobs.job(db, job_id), jobs.batches(db, job_id), jobs.runs(db, job_id)
     by_benchmark = [list(group) for _, group in groupby(runs, key=lambda run: run.benchmark_id)]
-    room = max(FEWEST_EXAMPLES, EXAMPLES // len(by_benchmark)) if by_benchmark else 0
+    room = 0 if not with_examples else max(FEWEST_EXAMPLES, EXAMPLES // len(by_benchmark)) if by_benchmark else 0
     pinned = job.pinned or {}
     kernels = devices.kernels_of(db, job_id)
     is_partial = not job.state.ended or not runs or any(run.summary is None for run in runs)
@@ -68,7 +69,7 @@ def _benchmark(
     reports = [
         RunReport(
             run_id=run.id,
-            mark=_mark(place),
+            mark=mark_of(place),
             policy=run.policy,
             kind=run.policy_kind,
             options=run.policy_spec.get(run.policy_kind, {}),
@@ -83,14 +84,14 @@ def _benchmark(
         samples=found.n_samples,
         left_out=list(found.left_out),
         runs=reports,
-        examples=pick_examples(db, reports, room, decode),
+        examples=pick_examples(db, reports, room, decode) if room else [],
     )
 
 
-def _mark(place: int) -> str:
+def mark_of(place: int) -> str:
     """A to Z, then AA, AB, ..."""
     rounds, letter = divmod(place, len(ascii_uppercase))
-    return (_mark(rounds - 1) if rounds else "") + ascii_uppercase[letter]
+    return (mark_of(rounds - 1) if rounds else "") + ascii_uppercase[letter]
 
 
 def _summaries(runs: list[RunRow], sums: dict[int, Rollup], n_layers: int | None) -> list[RunSummary]:

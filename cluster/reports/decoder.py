@@ -1,6 +1,7 @@
 """Token ids back to text, for examples that show each token."""
 
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 from db.jobs import job
 from db.session import Database
@@ -10,12 +11,20 @@ from engine.loading import load_tokenizer, resolve_model
 if TYPE_CHECKING:
     from cluster.reports.examples import Decode
 
+#: transformers, when two threads of a server import it at once, lacks half of its names in one of them
+_LOADING = Lock()
+
 
 def decoder(db: Database, job_id: int) -> "Decode | None":
     """The texts of token ids, one each, by the tokenizer that the job pinned; None where it is not on this machine."""
     pinned = job(db, job_id).pinned
     if pinned is None:
         return None
+    with _LOADING:
+        return _decoder(pinned)
+
+
+def _decoder(pinned: dict[str, Any]) -> "Decode | None":
     try:
         if resolve_model(pinned["model"]).tokenizer_hash != pinned["tokenizer_hash"]:
             return None

@@ -98,7 +98,7 @@ def _pick(candidates: list[_Candidate], room: int) -> list[_Candidate]:
 def _example(candidate: _Candidate, runs: list[RunReport], full: int, decode: Decode | None) -> Example:
     sample = candidate.rows[0].sample
     prompt = _end_of(sample.prompt)
-    baseline = _token_ids(candidate.rows[full].outcome.tokens)
+    baseline = token_ids_of(candidate.rows[full].outcome.tokens)
     return Example(
         sample=sample.name,
         source_group=sample.source_group,
@@ -107,11 +107,12 @@ def _example(candidate: _Candidate, runs: list[RunReport], full: int, decode: De
         prompt=prompt,
         prompt_cut=len(prompt) < len(sample.prompt),
         reference=sample.reference,
-        completions=[_completion(row, run, baseline, decode) for row, run in zip(candidate.rows, runs, strict=True)],
+        completions=[completion_of(row, run, baseline, decode) for row, run in zip(candidate.rows, runs, strict=True)],
     )
 
 
-def _completion(row: CompletionRow, run: RunReport, baseline: list[int], decode: Decode | None) -> ExampleCompletion:
+def completion_of(row: CompletionRow, run: RunReport, baseline: list[int], decode: Decode | None) -> ExampleCompletion:
+    """An outcome as reports show it. baseline: the token ids of full depth."""
     outcome = row.outcome
     return ExampleCompletion(
         mark=run.mark,
@@ -122,7 +123,7 @@ def _completion(row: CompletionRow, run: RunReport, baseline: list[int], decode:
         shown=outcome.shown,
         n_tokens=outcome.n_tokens,
         tokens=_tokens(outcome.tokens, decode) if outcome.tokens is not None and decode is not None else [],
-        first_divergence=first_divergence(_token_ids(outcome.tokens), baseline),
+        first_divergence=first_divergence(token_ids_of(outcome.tokens), baseline),
         scores=row.scores,
     )
 
@@ -133,7 +134,7 @@ def first_divergence(token_ids: list[int], baseline: list[int]) -> int | None:
 
 
 def _tokens(tokens: TokenArrays, decode: Decode) -> list[ExampleToken]:
-    ids = _token_ids(tokens)
+    ids = token_ids_of(tokens)
     texts = [*decode(ids), ""]  # the last is a stop's
     return [
         ExampleToken(
@@ -149,7 +150,7 @@ def _tokens(tokens: TokenArrays, decode: Decode) -> list[ExampleToken]:
     ]
 
 
-def _token_ids(tokens: TokenArrays | None) -> list[int]:
+def token_ids_of(tokens: TokenArrays | None) -> list[int]:
     """Without the stop's place."""
     return [] if tokens is None else [token for token in tokens.token_ids.tolist() if token >= 0]
 

@@ -55,14 +55,14 @@ def scatter(benchmark: BenchmarkReport, per: Per) -> Figure | None:
     speeds = _padded([1.0, *_ends(speedup(run.summary) for run in placed)])
     quality = _padded(_ends([full, *(run.summary.metric("rouge_l") for run in placed)]))
     return {
-        "data": [trace for trace in traces if trace["x"]],
-        "layout": _layout(height=sorted([*SCATTER_HEIGHT, _histogram_height(benchmark.runs)])[1])
+        "data": [_front([baseline, *placed], speedup), *(trace for trace in traces if trace["x"])],
+        "layout": layout(height=sorted([*SCATTER_HEIGHT, _histogram_height(benchmark.runs)])[1])
         | {
             "margin": {"l": 52, "r": 12, "t": 26, "b": 48},
             "hovermode": "closest",
             "showlegend": False,
-            "xaxis": _axis(f"Speedup per {per}") | {"range": speeds, "ticksuffix": "×", "nticks": 7},
-            "yaxis": _axis("ROUGE-L") | {"range": quality, "nticks": 6},
+            "xaxis": axis(f"Speedup per {per}") | {"range": speeds, "ticksuffix": "×", "nticks": 7},
+            "yaxis": axis("ROUGE-L") | {"range": quality, "nticks": 6},
             "shapes": [_slow_side(speeds), _line("x", 1.0), _line("y", full.value or 0)],
             "annotations": [
                 _side("← slower", 1.0, "right"),
@@ -123,6 +123,22 @@ def _points(
         "hovertext": [_hover(run, speed) for run, speed in zip(runs, speeds, strict=True)],
         "hoverinfo": "text",
         "cliponaxis": False,
+    }
+
+
+def _front(runs: list[RunReport], speedup: Callable[[RunSummary], Estimate]) -> Figure:
+    """The Pareto front: a step through the policies that none is faster than at the same quality or better."""
+    speeds = [1.0 if run.kind == "full" else speedup(run.summary).value or 0.0 for run in runs]
+    places = {(speed, run.summary.metric("rouge_l").value or 0.0) for speed, run in zip(speeds, runs, strict=True)}
+    ahead = sorted(at for at in places if not any(o != at and o[0] >= at[0] and o[1] >= at[1] for o in places))
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "Pareto front",
+        "x": [x for x, _ in ahead],
+        "y": [y for _, y in ahead],
+        "line": {"color": "var(--axis)", "width": 2, "shape": "vh"},
+        "hoverinfo": "skip",
     }
 
 
@@ -250,19 +266,19 @@ def _share_label(share: float) -> str:
 
 
 def _histogram_layout(runs: list[RunReport], depth: int, layers: list[int]) -> Figure:
-    layout = _layout(height=_histogram_height(runs)) | {
+    made = layout(height=_histogram_height(runs)) | {
         "margin": {"l": 8, "r": 8, "t": 8, "b": 48},
         "barmode": "relative",
         "hovermode": "closest",
         "annotations": [],
-        "xaxis": _axis("Layer after which the token was decided")
+        "xaxis": axis("Layer after which the token was decided")
         | {"range": [0.2, depth + 0.9], "showgrid": False, "anchor": f"y{len(runs)}" if len(runs) > 1 else "y"}
         | ({"tickvals": [1, *layers, depth]} if 0 < len(layers) <= 10 else {"nticks": 10}),
     }
     lowest = -_room_for_stops(runs)
     for row, run in enumerate(runs, start=1):
         top, bottom = 1 - (row - 1) / len(runs), 1 - row / len(runs)
-        layout[f"yaxis{row}" if row > 1 else "yaxis"] = {
+        made[f"yaxis{row}" if row > 1 else "yaxis"] = {
             "domain": [bottom, bottom + (top - bottom) * BARS],
             "range": [lowest, 100],
             "showticklabels": False,
@@ -271,8 +287,8 @@ def _histogram_layout(runs: list[RunReport], depth: int, layers: list[int]) -> F
             "zerolinecolor": "var(--axis)",
             "fixedrange": True,
         }
-        layout["annotations"].append(_row_title(run, top))
-    return layout
+        made["annotations"].append(_row_title(run, top))
+    return made
 
 
 def _room_for_stops(runs: list[RunReport]) -> float:
@@ -291,7 +307,8 @@ def _row_title(run: RunReport, top: float) -> Figure:
     return _note(f"<b>{run.mark}</b>  {_plain(run.policy)}") | place | {"font": font}
 
 
-def _axis(title: str) -> Figure:
+def axis(title: str) -> Figure:
+    """An axis as every chart has it."""
     return {
         "title": {"text": title, "font": {"size": 12, "color": "var(--muted)"}, "standoff": 10},
         "gridcolor": "var(--line)",
@@ -302,7 +319,8 @@ def _axis(title: str) -> Figure:
     }
 
 
-def _layout(height: int) -> Figure:
+def layout(height: int) -> Figure:
+    """What every chart has in common. height: pixels."""
     return {
         "height": height,
         "autosize": True,

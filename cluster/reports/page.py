@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import BaseLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cluster.reports import figures, formats
@@ -39,35 +39,30 @@ def write_page(report: JobReport, path: Path) -> None:
 def render_page(report: JobReport) -> str:
     """The whole page as text."""
     layers = figures.exit_layers(report)
-    scripts = {"plotly": _plotly(), "page": _asset("page.js")}
+    scripts = {"plotly": plotly(), "page": asset("page.js")}
     return (
-        _environment()
+        environment(PackageLoader("cluster.reports"))
         .get_template("page.html.j2")
         .render(
             report=report,
             job_notes=job_notes(report),
-            facts=_facts(report),
-            provenance=_provenance(report),
+            facts=facts(report),
+            provenance=provenance(report),
             layers=layers,
-            ramp={scheme: _ramp(layers, scheme) for scheme in RAMP},
-            charts=Markup(_json_block(_charts(report, layers))),
-            style=Markup(_asset("page.css")),
+            ramp=ramp(layers),
+            charts=Markup(json_block(charts(report, layers))),
+            style=Markup(asset("page.css")),
             scripts={name: Markup(script) for name, script in scripts.items()},
-            policy=_content_security_policy(list(scripts.values())),
+            policy=content_security_policy(list(scripts.values())),
             open_examples=OPEN_EXAMPLES,
         )
     )
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("cluster.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {
+def environment(loader: BaseLoader) -> Environment:
+    """Templates that escape every text, with the names that `parts.html.j2` uses."""
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.globals |= {
         "f": formats,
         "notes_of": benchmark_notes,
         "headline": headline,
@@ -76,21 +71,23 @@ def _environment() -> Environment:
         "tip": _tip,
         "depth_of": _depth_of,
     }
-    return environment
+    return made
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A style sheet or script of the report."""
     return files("cluster.reports").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 @cache
-def _plotly() -> str:
+def plotly() -> str:
+    """The chart library."""
     from plotly.offline import get_plotlyjs
 
     return str(get_plotlyjs())
 
 
-def _content_security_policy(scripts: list[str]) -> str:
+def content_security_policy(scripts: list[str]) -> str:
     """Nothing is loaded; only these scripts run. plotly places its elements by inline styles."""
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
@@ -98,26 +95,29 @@ def _content_security_policy(scripts: list[str]) -> str:
     return f"{nothing}; script-src {allowed}; style-src 'unsafe-inline'; img-src data:"
 
 
-def _json_block(value: Any) -> str:
+def json_block(value: Any) -> str:
     """JSON for a script element: no character in it can end the element or begin a tag."""
     written = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return written.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _charts(report: JobReport, layers: list[int]) -> dict[str, figures.Figure]:
+def charts(report: JobReport, layers: list[int]) -> dict[str, figures.Figure]:
     """All figures by the name under which the template places them; those without data are absent."""
-    charts: dict[str, figures.Figure | None] = {}
+    found: dict[str, figures.Figure | None] = {}
     for number, benchmark in enumerate(report.benchmarks):
-        charts[f"scatter-{number}-token"] = figures.scatter(benchmark, "token")
-        charts[f"scatter-{number}-request"] = figures.scatter(benchmark, "request")
-        charts[f"layers-{number}"] = figures.histogram(benchmark, layers)
-    return {name: figure for name, figure in charts.items() if figure}
+        found[f"scatter-{number}-token"] = figures.scatter(benchmark, "token")
+        found[f"scatter-{number}-request"] = figures.scatter(benchmark, "request")
+        found[f"layers-{number}"] = figures.histogram(benchmark, layers)
+    return {name: figure for name, figure in found.items() if figure}
 
 
-def _ramp(layers: list[int], scheme: str) -> dict[int, str]:
-    """A colour for every exit layer that occurs."""
+def ramp(layers: list[int]) -> dict[str, dict[int, str]]:
+    """A colour for every exit layer that occurs, light and dark."""
     span = max(len(layers) - 1, 1)
-    return {layer: _blend(RAMP[scheme], place / span) for place, layer in enumerate(layers)}
+    return {
+        scheme: {layer: _blend(ends, place / span) for place, layer in enumerate(layers)}
+        for scheme, ends in RAMP.items()
+    }
 
 
 def _blend(stops: tuple[str, ...], at: float) -> str:
@@ -149,11 +149,11 @@ def _tip(token: ExampleToken, depth: int, diverges: bool) -> str:
     return f"{said} · first token that differs from full depth" if diverges else said
 
 
-def _facts(report: JobReport) -> list[tuple[str, str]]:
+def facts(report: JobReport) -> list[tuple[str, str]]:
     """The strip under the title."""
     pinned, ended, started = report.provenance, report.finished_at, report.started_at
     took = ended - started if ended is not None and started is not None else None
-    facts = [
+    known = [
         ("Model", report.model),
         ("Exits", report.exits or "none"),
         ("Machine", pinned.get("device_class")),
@@ -164,10 +164,10 @@ def _facts(report: JobReport) -> list[tuple[str, str]]:
         ("Finished", formats.moment(ended) if ended is not None else None),
         ("Took", formats.duration(took) if took is not None else None),
     ]
-    return [(name, str(value)) for name, value in facts if value is not None]
+    return [(name, str(value)) for name, value in known if value is not None]
 
 
-def _provenance(report: JobReport) -> list[tuple[str, list[tuple[str, str]]]]:
+def provenance(report: JobReport) -> list[tuple[str, list[tuple[str, str]]]]:
     """Groups of named values: what was pinned, what is nested in it, the benchmarks, and kernels by device class."""
     pinned = {key: value for key, value in report.provenance.items() if key != "kernels"}
     plain = [(_words(key), _plain(value)) for key, value in pinned.items() if not isinstance(value, dict)]

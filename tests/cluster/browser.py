@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,13 @@ class Browser:
         assert "error" not in message, message
         return message["result"]
 
-    def open(self, page: Path) -> None:
-        """Load a page; `events` are from here on its own."""
+    def open(self, page: Path | str) -> None:
+        """Load a file or an address; `events` are from here on its own."""
         self.events.clear()
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
+        self.wait_until_loaded()
+
+    def wait_until_loaded(self) -> None:
         deadline = time.monotonic() + DEADLINE_SECONDS
         while not self.seen("Page.loadEventFired"):
             assert time.monotonic() < deadline, "the page did not load"
@@ -85,6 +89,27 @@ class Browser:
 
     def evaluate(self, expression: str) -> Any:
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def ask(self, expression: str) -> Any:
+        """As `evaluate`, of an expression whose value is a promise."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def follow(self, selector: str) -> None:
+        """Click what leads to another page, and wait for that."""
+        self.events = [event for event in self.events if event.get("method") != "Page.loadEventFired"]
+        assert self.evaluate(f"document.querySelector({json.dumps(selector)}).click() ?? true"), selector
+        self.wait_until_loaded()
+
+    def type_into(self, selector: str, text: str) -> None:
+        """Replace what a field holds, as somebody does who types."""
+        field = f"document.querySelector({json.dumps(selector)})"
+        self.evaluate(f"{field}.focus(); {field}.select()")
+        self.call("Input.insertText", text=text)
+
+    def screenshot(self, file: Path, *, whole: bool = True) -> None:
+        file.write_bytes(b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]))
 
     def wait_for(self, expression: str) -> None:
         deadline = time.monotonic() + DEADLINE_SECONDS

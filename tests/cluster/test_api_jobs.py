@@ -323,7 +323,7 @@ def test_nobody_listens_to_a_job_that_is_not_there(site: Site) -> None:
 
 def test_probes(site: Site) -> None:
     assert site.served.ask("GET", "/healthz").text == site.served.ask("GET", "/readyz").text == "ok\n"
-    assert 'shortstop_jobs_done_total' in site.ask("GET", "/metrics", "read").text
+    assert "shortstop_jobs_done_total" in site.ask("GET", "/metrics", "read").text
     document = site.served.ask("GET", "/v1/openapi.json").json()
     assert document["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]["application/json"]["example"]
     assert {row["name"] for row in site.ask("GET", "/v1/policies", "read").json()} >= {"full", "sec"}

@@ -12,6 +12,7 @@ import pytest
 from invented import HOSTILE, around, benchmark, completion, example, report, run, token
 from rich.console import Console
 
+from cluster.reports.figures import scatter
 from cluster.reports.model import Estimate, JobReport, RunSummary
 from cluster.reports.notes import benchmark_notes, headline, job_notes
 from cluster.reports.page import render_page, write_page
@@ -302,3 +303,22 @@ def test_the_table_has_a_row_a_run() -> None:
     last = table.iloc[-1]
     assert (last["speedup_token"], last["stops"], last["rouge_l"]) == (1.23, 21, 0.55)
     assert last["change_rouge_l_low"] == pytest.approx(around(-0.05).low)
+
+
+# --- speed against quality ----------------------------------------------------------------------------------
+
+
+def test_the_pareto_front_has_those_that_none_beats_in_both() -> None:
+    """Full depth stands at 1×; what is slower and no better, or as fast and worse, is not on it."""
+    runs = [
+        run("A", "full", 1.0, 0.6),
+        run("B", "slower", 0.9, 0.6),
+        run("C", "between", 1.2, 0.55),
+        run("D", "beaten", 1.1, 0.5),
+        run("E", "fast", 1.4, 0.3),
+        run("F", "untimed", 9.0, 0.9, speedup_token=Estimate()),
+    ]
+    figure = scatter(benchmark(runs=runs), "token")
+    assert figure is not None
+    [front] = [trace for trace in figure["data"] if trace["name"] == "Pareto front"]
+    assert list(zip(front["x"], front["y"], strict=True)) == [(1.0, 0.6), (1.2, 0.55), (1.4, 0.3)]

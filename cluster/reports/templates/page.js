@@ -1,7 +1,7 @@
 "use strict";
 (() => {
-  const figures = JSON.parse(document.getElementById("charts").textContent);
-  const charts = [...document.querySelectorAll(".chart")];
+  const figures = JSON.parse(document.getElementById("charts")?.textContent ?? "{}");
+  const charts = () => document.querySelectorAll(".chart");
 
   // Figures name their colours and fonts as CSS variables, so that a chart follows the page from light to dark.
   const resolved = (value, style) => {
@@ -17,21 +17,26 @@
 
   const draw = (chart) => {
     const figure = figures[chart.dataset.figure];
-    if (!figure) return Plotly.purge(chart);
+    if (!figure) return window.Plotly?.purge(chart);
     const { data, layout } = resolved(figure, getComputedStyle(document.documentElement));
     chart.style.height = `${layout.height}px`; // plotly asks the element, not the layout, when the window is resized
-    Plotly.react(chart, data, layout, { displayModeBar: false, responsive: true });
+    Plotly.newPlot(chart, data, layout, { displayModeBar: false, responsive: true });
   };
 
-  charts.forEach(draw);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach(draw));
-  document.querySelectorAll("[data-switches]").forEach((input) =>
-    input.addEventListener("change", () => {
-      const chart = document.getElementById(input.dataset.switches);
-      chart.dataset.figure = input.value;
-      draw(chart);
-    })
-  );
+  const drawAll = () => charts().forEach(draw);
+  drawAll();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  document.addEventListener("change", ({ target }) => {
+    if (!target.dataset.switches) return;
+    const chart = document.getElementById(target.dataset.switches);
+    chart.dataset.figure = target.value;
+    draw(chart);
+  });
+  // A page that learns of figures later tells them here.
+  document.addEventListener("figures", ({ detail }) => {
+    Object.assign(figures, detail);
+    drawAll();
+  });
 
   const tip = document.getElementById("tip");
 
