@@ -99,3 +99,13 @@ def workers(db: Database) -> list[WorkerRow]:
         busy = {row.worker for row in working}
         waiting = sorted(name for name in connection.execute(idle).scalars() if name not in busy)
     return [*working, *(WorkerRow(name, None, None, None, None, None, None, None, None) for name in waiting)]
+
+
+def counts(db: Database) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    """Jobs by state, and tasks of jobs that have not ended by kind and state."""
+    by_state = select(job.c.state, func.count()).group_by(job.c.state)
+    is_open = job.c.state.in_([state for state in JobState if not state.ended])
+    tasks = select(task.c.kind, task.c.state, func.count()).join(job).where(is_open).group_by(task.c.kind, task.c.state)
+    with db.read() as connection:
+        found = {(kind, state): n for kind, state, n in connection.execute(tasks)}
+        return dict(connection.execute(by_state).tuples().all()), found

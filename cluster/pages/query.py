@@ -11,7 +11,6 @@ from cluster.api.access import Questioner
 from cluster.api.jobs import Shared
 from cluster.pages.forms import Asked
 from cluster.pages.showing import PageRoute, show
-from cluster.rows import plain
 from db.queries import query
 from db.reader import VIEWS
 from db.session import Database
@@ -66,7 +65,7 @@ async def ask(request: Request, posted: Asked, state: Shared) -> Response:
             if not 0 < len(sql) <= LONGEST:
                 raise BadInput(f"query: it has {len(sql):,} characters; write 1 to {LONGEST:,}.")
             with query(state.db, sql, timeout_s=_SECONDS, limit=MOST_ROWS + 1) as found:
-                rows = [plain(row) for row in found]
+                rows = list(found)
                 columns = found.columns
         except ValueError as error:  # BadInput of engine and record
             return _page(request, posted.caller, state.db, sql, complaint=str(error))
