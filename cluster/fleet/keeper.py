@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import IO
 
 import structlog
@@ -125,12 +125,16 @@ class Keeper:
         orders = self.orders.model_copy(update={"again": self._joined}).model_dump_json()
         # a session of its own: a terminal's Ctrl-C goes to the keeper, which asks it to drain
         self._supervisor = subprocess.Popen(
-            [sys.executable, "-m", "cluster.fleet.process", orders],
+            [sys.executable, "-m", "cluster.fleet.process"],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
+        assert self._supervisor.stdin is not None
         assert self._supervisor.stdout is not None
+        with suppress(BrokenPipeError), self._supervisor.stdin as told:
+            told.write(orders)  # not an argument: everybody on the machine would see the database's password
         listening = threading.Thread(target=self._listen, args=(self._supervisor.stdout,), daemon=True)
         listening.start()
         next_look = time.monotonic() + LOOK_SECONDS
@@ -142,6 +146,7 @@ class Keeper:
             self._end()
         code = self._supervisor.wait()
         listening.join(1.0)
+        self._supervisor.stdout.close()
         return code
 
     def _check(self, place: Exclusive) -> None:

@@ -19,8 +19,8 @@ from db.session import open_database
 
 
 def main() -> int:
-    """Do what the first argument says: `Orders` as JSON."""
-    orders = Orders.model_validate_json(sys.argv[1])
+    """Do what standard input says: `Orders` as JSON."""
+    orders = Orders.model_validate_json(sys.stdin.read())
     configure_logs(orders.log_level)
     try:
         with sigterm_interrupts():

@@ -18,7 +18,7 @@ from db import queue
 from db.session import Database
 from engine.errors import BadInput, WeightsMismatch
 from workers.pinned import Pinned
-from workers.worker import EngineShelf, Worker
+from workers.worker import EngineShelf, Unfit, Worker
 
 
 @pytest.fixture
@@ -55,11 +55,9 @@ def test_the_worker_says_so_and_the_job_goes_on_where_the_model_is_right(
     right = Path(shutil.copytree(model, tmp_path / "right"))
     prepared(db, world, model)
     save(random_model("llama", seed=7), model)
-    worker = Worker(db, "wrong", timed=False, cache=tmp_path / "cache", after_shard=lambda: worker.drain())
-    worker.work(1)
-    [(error, state)] = rows(db, "select error, state from task where error is not null")
-    assert state == "ready"
-    assert f"on {socket.gethostname()}, but the job was prepared with" in error
+    with pytest.raises(Unfit, match=f"on {socket.gethostname()}, but the job was prepared with"):
+        Worker(db, "wrong", timed=False, cache=tmp_path / "cache").work(1)
+    assert set(rows(db, "select state, attempt from task where kind = 'shard'")) == {("ready", 0)}
     shutil.rmtree(model)
     shutil.copytree(right, model)
     assert jobs.work(db, 1, inline=True) is record.JobState.DONE

@@ -35,10 +35,11 @@ if (standing().dataset.live) {
     later();
     deeper();
   });
-  stream.addEventListener("job", ({ data }) => {
+  stream.addEventListener("job", async ({ data }) => {
     const { what } = JSON.parse(data);
-    soon();
-    if (!ENDS.includes(what)) return;
+    if (!ENDS.includes(what)) return soon();
+    await refresh();
+    if (standing().dataset.live) return; // an end of before a policy was added, or the job was retried
     stream.close();
     say(`The job is ${what}.`);
     setTimeout(depth, 1500);
