@@ -35,7 +35,8 @@ def fits(tensor: Tensor) -> bool:
 
 
 @loop(void(TABLE, ROW, float32, TABLE))
-def _rms_norm(states: Floats, weight: Floats, epsilon: float, out: Floats) -> None:
+def norm_rows(states: Floats, weight: Floats, epsilon: float, out: Floats) -> None:
+    """See `rms_norm`."""
     width = states.shape[1]
     for token in range(states.shape[0]):
         state, normed = states[token], out[token]
@@ -50,7 +51,7 @@ def _rms_norm(states: Floats, weight: Floats, epsilon: float, out: Floats) -> No
 def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """X / sqrt(mean(x²) + epsilon) · weight for each of [tokens, hidden] (Zhang and Sennrich 2019)."""
     out = empty(states.shape)
-    _rms_norm(states.contiguous().numpy(), weight.numpy(), epsilon, out.numpy())
+    norm_rows(states.contiguous().numpy(), weight.numpy(), epsilon, out.numpy())
     return out
 
 
@@ -100,12 +101,13 @@ def exp(x: np.float32) -> np.float32:
     return p * power.view(np.float32)
 
 
-@loop(void(TABLE, TABLE))
-def _gate_silu(gate_up: Floats, out: Floats) -> None:
+@loop(void(TABLE, TABLE, int64, int64))
+def gate_rows(gate_up: Floats, out: Floats, first: int, end: int) -> None:
+    """See `gate_silu`: outputs `first` to `end` (excluded)."""
     width = out.shape[1]
     for token in range(out.shape[0]):
         both, gated = gate_up[token], out[token]
-        for i in range(width):
+        for i in range(first, end):
             x = both[i]
             small = exp(-abs(x))
             sigmoid = np.float32(1) / (np.float32(1) + small)
@@ -117,7 +119,7 @@ def _gate_silu(gate_up: Floats, out: Floats) -> None:
 def gate_silu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up (SwiGLU, Shazeer 2020), of both side by side: [tokens, 2 * width] to [tokens, width]."""
     out = empty(gate_up.shape[0], gate_up.shape[1] // 2)
-    _gate_silu(gate_up.contiguous().numpy(), out.numpy())
+    gate_rows(gate_up.contiguous().numpy(), out.numpy(), 0, out.shape[1])
     return out
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numba as nb
 import numpy as np
 import numpy.typing as npt
-from numba import carray, float32, int64, void
+from numba import carray, int64, void
 from torch import Tensor, empty, get_num_threads
 
 from engine.loops import FAST, TABLE, Floats, kept
-from engine.native import MANY_REGISTERS, exp, some_outputs
+from engine.native import MANY_REGISTERS, gate_rows, norm_rows, some_outputs
 from engine.native_attention import ALL, attend_heads, spans
 from engine.openmp import GIVEN, OPTIONS, at, barrier, part, parts, share
 
@@ -76,20 +76,6 @@ def _whole(address: int, shape: Any) -> Addresses:
     return carray(at(address), shape, np.int64)
 
 
-@kept(nb.njit, void(TABLE, int64, float32, TABLE), fastmath=FAST, nogil=True, error_model="numpy")
-def _norm(states: Floats, weight_at: int, epsilon: float, out: Floats) -> None:
-    tokens, width = states.shape
-    weight = _floats(weight_at, width)
-    for token in range(tokens):
-        state, normed = states[token], out[token]
-        total = np.float32(0)
-        for i in range(width):
-            total += state[i] * state[i]
-        scale = np.float32(1) / np.sqrt(total / np.float32(width) + epsilon)
-        for i in range(width):
-            normed[i] = state[i] * scale * weight[i]
-
-
 @kept(nb.njit, void(int64, int64, TABLE, TABLE, int64, int64), fastmath=FAST, nogil=True, error_model="numpy")
 def _multiply(weight_at: int, bias_at: int, states: Floats, out: Floats, first: int, end: int) -> None:
     """Outputs `first` to `end` of a product."""
@@ -136,22 +122,6 @@ def _turn(head: Floats, norms_at: int, epsilon: float, cos: Floats, sin: Floats)
         head[half + i] = second * cos[half + i] + first * sin[half + i]
 
 
-@kept(nb.njit, void(TABLE, int64, int64, int64), fastmath=FAST, nogil=True, error_model="numpy")
-def _gate(both: Floats, gated_at: int, first: int, end: int) -> None:
-    """silu(gate) · up for some of the outputs."""
-    tokens, inner = both.shape[0], both.shape[1] // 2
-    gated = _floats(gated_at, (tokens, inner))
-    for token in range(tokens):
-        row, out = both[token], gated[token]
-        for i in range(first, end):
-            x = row[i]
-            small = exp(-abs(x))
-            sigmoid = np.float32(1) / (np.float32(1) + small)
-            if x < 0:
-                sigmoid *= small
-            out[i] = x * sigmoid * row[inner + i]
-
-
 @kept(nb.cfunc, GIVEN, **OPTIONS)
 def _run_layers(given: Any) -> None:
     """What one thread does of all layers from `first` to `end`."""
@@ -177,7 +147,7 @@ def _run_layers(given: Any) -> None:
         own = weights[layer]
         before = layer * of_a_layer
         keys, values = _floats(given[28] + before, cache), _floats(given[29] + before, cache)
-        _norm(states, own[0], epsilon, normed)
+        norm_rows(states, _floats(own[0], hidden), epsilon, normed)
         begin, stop = _mine(n_all * size, me, threads)
         _multiply(own[1], own[2], normed, qkv, begin, stop)
         barrier()
@@ -211,11 +181,11 @@ def _run_layers(given: Any) -> None:
         _multiply(own[4], own[5], attended, added, begin, stop)
         barrier()
         _add(states, added)
-        _norm(states, own[6], epsilon, normed)
+        norm_rows(states, _floats(own[6], hidden), epsilon, normed)
         begin, stop = _mine(inner, me, threads)
         _multiply(own[7], own[8], normed, both, begin, stop)
         _multiply(own[7], own[8], normed, both, inner + begin, inner + stop)
-        _gate(both, given[14], begin, stop)
+        gate_rows(both, gated, begin, stop)
         barrier()
         begin, stop = _mine(hidden, me, threads)
         _multiply(own[9], own[10], gated, added, begin, stop)
@@ -251,7 +221,7 @@ def _fill_layers(given: Any) -> None:
         own = weights[layer]
         before = layer * of_a_layer
         keys, values = _floats(given[28] + before, cache), _floats(given[29] + before, cache)
-        _norm(states, own[0], epsilon, normed)
+        norm_rows(states, _floats(own[0], hidden), epsilon, normed)
         skipped = 4 * n_heads * size
         _multiply(own[1] + skipped * hidden, own[2] + skipped if own[2] else 0, normed, both, begin, stop)
         barrier()
