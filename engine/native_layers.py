@@ -271,44 +271,20 @@ class LlamaLayers:
         place: tuple[Tensor, Tensor],
         first: int,
         end: int,
+        *,
+        only_fill: bool = False,
     ) -> Tensor:
         """Take the tokens of `span` [tokens, hidden] through layers `first` to `end` (excluded).
 
         index: row and position of each token, [tokens] each. place: cosines and signed sines, [tokens, 1, head size]
-        each.
+        each. only_fill: only write the keys and values that these layers make of the states, which stay as they are.
         """
-        return self._share(_run_layers, states, span, cache, index, place, first, end)
-
-    def fill(
-        self,
-        states: Tensor,
-        span: "Span",
-        cache: "KeyValues",
-        index: tuple[Tensor, Tensor],
-        place: tuple[Tensor, Tensor],
-        first: int,
-        end: int,
-    ) -> None:
-        """Write the keys and values that these layers make of the states."""
-        self._share(_fill_layers, states, span, cache, index, place, first, end)
-
-    def _share(
-        self,
-        loop: Any,
-        states: Tensor,
-        span: "Span",
-        cache: "KeyValues",
-        index: tuple[Tensor, Tensor],
-        place: tuple[Tensor, Tensor],
-        first: int,
-        end: int,
-    ) -> Tensor:
         n_heads, n_kv_heads, size, inner = self._sizes
         states = states.contiguous()
         tokens, hidden = states.shape
         widths = (n_heads + 2 * n_kv_heads) * size, n_heads * size, hidden, 2 * inner, inner
         buffers = [empty(tokens, width) for width in widths]
-        out = empty(tokens, hidden)
+        out = states if only_fill else empty(tokens, hidden)
         rows, positions = index
         cos, sin = place
         places = spans(span.rows, span.starts, span.counts)
@@ -337,5 +313,5 @@ class LlamaLayers:
             cache.keys.data_ptr(),
             cache.values.data_ptr(),
         )
-        share(loop, given, get_num_threads())
+        share(_fill_layers if only_fill else _run_layers, given, get_num_threads())
         return out

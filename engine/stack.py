@@ -133,7 +133,7 @@ class LayerStack(ABC):
         index = self._index(span)
         place = self.place(index[1])
         if span.size <= MOST_TOGETHER and native.fits(states) and self.together is not None:
-            self.together.fill(states, span, cache, index, place, first, end)
+            self.together.run(states, span, cache, index, place, first, end, only_fill=True)
             return
         write = cache.writer(span, index)
         for layer in range(first, end):

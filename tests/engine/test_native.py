@@ -137,7 +137,7 @@ def test_an_engine_without_them_writes_the_same(
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(LlamaLayers, "_share")
+    count(LlamaLayers, "run")
     count(Attention, "__call__")
     count(StepAttention, "_flat")
     ours = _written(engine, spec)
