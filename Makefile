@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 CODE := cluster workers engine db tests shortstop.py
 
-.PHONY: demo test test-all lint bench bench-db clean
+.PHONY: demo test test-all lint bench bench-db bench-scoring clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -31,6 +31,9 @@ bench: $(STAMP)
 # Jobs of up to ten million tokens; a hundred million, which take 30 GB while they are written: BENCH_TOKENS=100000000
 bench-db: $(STAMP)
 	$(BIN)/python -m tests.bench.record
+
+bench-scoring: $(STAMP)
+	$(BIN)/python -m tests.bench.scoring
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

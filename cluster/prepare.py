@@ -25,10 +25,10 @@ from workers.benchmarks.sample import Benchmark
 from workers.bundle import pack
 from workers.holding import Holding, patiently
 from workers.pinned import Pinned
-from workers.scoring.metrics import metrics
+from workers.scoring.metrics import metrics, wanted_metrics
 
 #: packages whose version may change a token, a score or a figure
-_VERSIONED = ("shortstop", "torch", "transformers", "tokenizers", "safetensors", "numpy", "rapidfuzz", "rouge-score")
+_VERSIONED = ("shortstop", "torch", "transformers", "tokenizers", "safetensors", "numpy", "rapidfuzz", "sacrebleu")
 
 #: that `auto` leaves of every benchmark: a batch is the unit of timing, and the interval of a speedup needs several
 _FEWEST_BATCHES = 12
@@ -166,8 +166,8 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
 
 
 def metric_versions(names: Iterable[str] | None) -> dict[str, str]:
-    """Version by metric name, for all known metrics when no names are given. Raises `UnknownName`."""
-    return {name: metrics[name].version for name in (metrics if names is None else names)}
+    """Version by metric name, see `wanted_metrics`. Raises `UnknownName`."""
+    return {name: metrics[name].version for name in wanted_metrics(names)}
 
 
 def cores() -> int:

@@ -7,7 +7,7 @@ from db import jobs, rescoring
 from db.rescoring import Completed
 from db.session import Database
 from workers.estimates import summarise
-from workers.scoring.metrics import TokenMetric, metrics, score_text, score_tokens
+from workers.scoring.metrics import TokenMetric, metrics, score_text, score_tokens, wanted_metrics
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,13 @@ def rescore(
 ) -> Rescored:
     """Add or renew metrics for every completion of a job that has ended, from its stored text and tokens.
 
-    names: all that the job has where they are absent; other scores of the job stay as they are. The scores of before
-    are in force until all new ones are written; an interrupted call changes nothing and can be made again. on_progress
-    is told samples under a policy, done and in all. Raises `UnknownName`, and `BadInput` where the job has not ended.
+    names: all that the job has where they are absent, `all` is every known one; other scores of the job stay as they
+    are. The scores of before are in force until all new ones are written; an interrupted call changes nothing and can
+    be made again. on_progress is told samples under a policy, done and in all. Raises `UnknownName`, and `BadInput`
+    where the job has not ended.
     """
     pinned = jobs.job(db, job_id).pinned or {}
-    wanted = {name: metrics[name].version for name in names or pinned.get("metrics", metrics)}
+    wanted = {name: metrics[name].version for name in wanted_metrics(names or pinned.get("metrics"))}
 
     def score_one(completed: Completed) -> dict[str, float]:
         values = score_text(wanted, completed.text, completed.reference)

@@ -19,7 +19,9 @@ PolicyText = Annotated[
 ]
 MetricNames = Annotated[
     list[str] | None,
-    typer.Option("--metric", metavar="NAME", help="A metric to add or renew; without it all that the job has."),
+    typer.Option(
+        "--metric", metavar="NAME", help="A metric to add or renew, or `all`; without it all that the job has."
+    ),
 ]
 
 
