@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from cluster.prepare import Validation, cores, metric_versions, prepare, validate
+from cluster.prepare import Validation, cores, metrics_of_workers, prepare, validate
 from cluster.ray_environment import set_up_ray
 from cluster.reaping import ALONE, take_back
 from cluster.spec import JobSpec
@@ -32,7 +32,7 @@ from engine.errors import BadInput
 from engine.exits import TIED, find_bundle, known_exits
 from engine.loading import find_model, models
 from engine.spec import Spec
-from workers.benchmarks.catalogue import benchmarks
+from workers.benchmarks.catalogue import entry
 from workers.benchmarks.spec import CatalogueBenchmark, DatasetBenchmark, JsonlBenchmark, SourceBenchmark
 from workers.holding import claim_patiently
 from workers.pinned import Pinned
@@ -114,6 +114,8 @@ def anchored(spec: JobSpec, folder: Path) -> JobSpec:
     def benchmark(asked: Spec) -> Spec:
         if isinstance(asked, JsonlBenchmark):
             return asked.model_copy(update={"jsonl": path(asked.jsonl)})
+        if isinstance(asked, CatalogueBenchmark) and asked.benchmark.endswith((".yaml", ".yml")):
+            return asked.model_copy(update={"benchmark": path(asked.benchmark)})
         if isinstance(asked, DatasetBenchmark) and Path(path(asked.dataset)).is_dir():
             return asked.model_copy(update={"dataset": path(asked.dataset)})
         if isinstance(asked, SourceBenchmark) and Path(path(asked.source)).is_dir():
@@ -142,10 +144,10 @@ def _check_names(spec: JobSpec) -> None:
             )
     for asked in spec.benchmarks:
         if isinstance(asked, CatalogueBenchmark):
-            benchmarks[asked.benchmark]
+            entry(asked.benchmark)
         if isinstance(asked, JsonlBenchmark) and not Path(asked.jsonl).is_file():
             raise BadInput(f"benchmark: there is no file {asked.jsonl!r}; correct the field jsonl.")
-    metric_versions(spec.metrics)
+    metrics_of_workers(spec.metrics)
 
 
 def _dump(spec: JobSpec) -> dict[str, Any]:

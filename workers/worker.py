@@ -18,6 +18,7 @@ from db.session import Database
 from engine.errors import EngineError, WeightsMismatch
 from engine.loading import cache_folder
 from engine.spec import parse_policy
+from workers.benchmarks.ends import parse_ends
 from workers.bundle import unpack
 from workers.evaluate import Evaluation, Run, joined
 from workers.holding import Holding, claim_patiently, patiently
@@ -163,7 +164,7 @@ class Worker:
             engine=engine,
             runs=runs,
             content_hash=benchmark.content_hash,
-            ends_with_line=benchmark.ends_with_line,
+            ends=parse_ends(benchmark.ends),
             max_new_tokens=pinned.max_new_tokens,
             metrics=pinned.metrics,
             seed=pinned.seed,

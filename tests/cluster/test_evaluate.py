@@ -24,7 +24,7 @@ def evaluation(world: World) -> Evaluation:
         engine=engine,
         runs=[Run(i, parse_policy(policy)) for i, policy in enumerate(policies)],
         content_hash="c",
-        ends_with_line=False,
+        ends="text",
         max_new_tokens=6,
         metrics={"es": "es@1", "token_agreement": "token_agreement@1", "exact_agreement": "exact_agreement@1"},
         seed=0,

@@ -16,6 +16,7 @@ JAVA = "class A {\n    int f(int a) {\n"
         ("text", PY, "    return a\n\n", "    return a\n\n"),
         ("line", PY, "    return a \n    b", "    return a "),
         ("line", PY, "\n    b", ""),
+        ("line", PY, "    b\r\n    c", "    b"),
         ("statement", PY, "    x = g(\n        a,\n    )\n    return x\n", "    x = g(\n        a,\n    )"),
         ("statement", PY + "    x = g(\n", "        a,\n    )\n    return x", "        a,\n    )"),
         ("statement", PY, '    """One\n\n    two."""\n    return 1', '    """One\n\n    two."""'),

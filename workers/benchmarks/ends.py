@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
+from engine.errors import BadInput
+from engine.registry import unknown
+
 #: line: the first newline. statement: its last line, or its semicolon or opening brace. block: the block that the
 #: completion stands in, by indentation in Python, by brace elsewhere, the brace included. function: the innermost
 #: function that is open in the prompt. text: whatever was written.
@@ -33,6 +36,14 @@ _NO_FUNCTION = re.compile(
 )
 
 
+def parse_ends(value: str) -> Ends:
+    """Raises `BadInput` with the nearest known end."""
+    for known in ENDS:
+        if value == known:
+            return known
+    raise BadInput(unknown("end", value, list(ENDS)))
+
+
 @dataclass(frozen=True)
 class _Sign:
     """One sign of code that means something to an end."""
@@ -50,7 +61,7 @@ def cut(prompt: str, completion: str, ends: Ends, language: str) -> str:
     if ends == "text":
         return completion
     if ends == "line":
-        return completion.split("\n", 1)[0]
+        return completion.split("\n", 1)[0].removesuffix("\r")
     place = _PLACES[ends](prompt, prompt + completion, language)
     return (prompt + completion)[len(prompt) : place].rstrip()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version as installed
 
 from engine.registry import Registry
+from workers.execution.pass_at_1 import pass_at_1
 from workers.scoring import codexglue, text
 from workers.scoring.tokens import exact_agreement, first_divergence, token_agreement
 
@@ -32,6 +33,15 @@ class TextMetric(Metric):
 
 
 @dataclass(frozen=True)
+class ExecutedMetric(Metric):
+    """Runs a completion against its sample's test, in a sandbox: only where it is asked for, and allowed."""
+
+    function: Callable[[str, str, str], float]  #: (prompt, prediction, test) -> 0..1
+    highest: float = 1.0
+    by_default: bool = False
+
+
+@dataclass(frozen=True)
 class TokenMetric(Metric):
     """Holds a completion's token ids against those of the `full` run for the same sample; a stop has none."""
 
@@ -48,7 +58,7 @@ def _release(package: str, parts: int) -> str:
 _RAPIDFUZZ, _SACREBLEU = _release("rapidfuzz", 1), _release("sacrebleu", 1)
 _UNBOUNDED = float("inf")
 
-_BUILTIN: list[TextMetric | TokenMetric] = [
+_BUILTIN: list[TextMetric | TokenMetric | ExecutedMetric] = [
     TextMetric("em", "em@1", "exact match, trailing white space stripped", text.em),
     TextMetric("em_line", "em_line@1", "exact match of the first line", text.em_line),
     TextMetric("es", f"es@{_RAPIDFUZZ}", "edit similarity, 0..1", text.es, of_many=text.es_of_many),
@@ -108,18 +118,33 @@ _BUILTIN: list[TextMetric | TokenMetric] = [
         highest=_UNBOUNDED,
         by_default=False,
     ),
+    ExecutedMetric("pass@1", "pass@1@sandbox-1", "the completion passes its sample's test, executed", pass_at_1),
 ]
 
-metrics: Registry[TextMetric | TokenMetric] = Registry(
+metrics: Registry[TextMetric | TokenMetric | ExecutedMetric] = Registry(
     "metric", "metrics", {metric.name: metric for metric in _BUILTIN}
 )
 
 
 def wanted_metrics(names: Iterable[str] | None) -> list[str]:
-    """The names themselves, `all` being every metric there is; without names those that are computed by default."""
+    """The names themselves, `all` being every metric that executes nothing; without names those computed by default."""
     if names is None:
         return [name for name, metric in metrics.items() if metric.by_default]
-    return list(dict.fromkeys(one for name in names for one in (metrics if name == "all" else [name])))
+    harmless = [name for name, metric in metrics.items() if not isinstance(metric, ExecutedMetric)]
+    return list(dict.fromkeys(one for name in names for one in (harmless if name == "all" else [name])))
+
+
+def executed_metrics(names: Iterable[str]) -> list[str]:
+    """Those among the names that execute completions. Raises `UnknownName`."""
+    return [name for name in names if isinstance(metrics[name], ExecutedMetric)]
+
+
+def score_execution(names: Iterable[str], prompt: str, prediction: str, test: str | None) -> dict[str, float]:
+    """The executed metrics among the names; none where the sample has no test. Raises `UnknownName`, `BadInput`."""
+    if test is None:
+        return {}
+    known = (metrics[name] for name in names)
+    return {one.name: one.function(prompt, prediction, test) for one in known if isinstance(one, ExecutedMetric)}
 
 
 def score_text(names: Iterable[str], prediction: str, reference: str) -> dict[str, float]:
