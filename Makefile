@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 CODE := cluster workers engine db tests shortstop.py
 
-.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service clean
+.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -40,6 +40,9 @@ bench-cluster: $(STAMP)
 bench-service: $(STAMP)
 	$(BIN)/python -m tests.bench.service
 	$(BIN)/python -m tests.bench.pages
+
+bench-scoring: $(STAMP)
+	$(BIN)/python -m tests.bench.scoring
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -13,6 +13,6 @@ def hashes() -> Hashes:
     return Hashes(benchmark=_benchmark, artifact=lambda kind, content: packed_hash(content))
 
 
-def _benchmark(version: str, ends_with_line: bool, samples: Iterable[SampleRow]) -> str:
-    read = (Sample(one.name, one.prompt, one.reference, one.language, one.source_group) for one in samples)
-    return content_hash(version, ends_with_line, read)
+def _benchmark(version: str, ends: str, samples: Iterable[SampleRow]) -> str:
+    read = (Sample(one.name, one.prompt, one.reference, one.language, one.source_group, one.test) for one in samples)
+    return content_hash(version, ends, read)

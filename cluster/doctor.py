@@ -128,12 +128,21 @@ def _models() -> Iterator[Check]:
 
 
 def _benchmarks() -> Iterator[Check]:
+    """Data that people fetch themselves may lack; nothing is fetched here."""
     from workers.benchmarks.catalogue import benchmarks
 
     def counted(name: str) -> str:
         return f"{len(benchmarks[name].load().samples)} samples"
 
-    yield from (_tried("benchmark", name, counted) for name in benchmarks)
+    for name, entry in benchmarks.items():
+        source = entry.declaration and entry.declaration.source
+        if source and source.dataset is not None:
+            yield Check(
+                f"benchmark {name}", Finding.NOTE, f"read from dataset {source.dataset!r} when a job asks for it"
+            )
+        else:
+            by_package = source is None or source.package is not None
+            yield _tried("benchmark", name, counted, Finding.MISSING if by_package else Finding.NOTE)
 
 
 def _exits() -> Check:
@@ -166,10 +175,10 @@ def _can_be_made(file: Path) -> bool:
     return os.access(nearest, os.W_OK)
 
 
-def _tried(word: str, name: str, look: Callable[[str], str]) -> Check:
+def _tried(word: str, name: str, look: Callable[[str], str], failed: Finding = Finding.MISSING) -> Check:
     """A check whose failure says, in its own words, what to do."""
     try:
         return Check(f"{word} {name}", Finding.OK, look(name))
     except engine.errors.BadInput as error:
         command = re.search(r"`([^`]+)`", str(error))
-        return Check(f"{word} {name}", Finding.MISSING, str(error), command.group(1) if command else None)
+        return Check(f"{word} {name}", failed, str(error), command.group(1) if command else None)

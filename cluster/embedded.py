@@ -76,13 +76,20 @@ def add_policy(
         return build_report(db, _number(job), decoder(db, _number(job)))
 
 
-def rescore(job: int | JobReport, metrics: Sequence[str] | None = None, *, database: str | None = None) -> JobReport:
+def rescore(
+    job: int | JobReport,
+    metrics: Sequence[str] | None = None,
+    *,
+    execute: bool = False,
+    database: str | None = None,
+) -> JobReport:
     """Add or renew metrics for the stored completions of a job that has ended, and return its report.
 
-    metrics: all that the job has where they are absent. Raises `BadInput`.
+    metrics: all that the job has where they are absent. execute: allows `pass@1`, which executes completions in a
+    sandbox. Raises `BadInput`.
     """
     with closing(open_database(_settings(database).database_url, create=False)) as db:
-        rescoring.rescore(db, _number(job), metrics)
+        rescoring.rescore(db, _number(job), metrics, execute=execute)
         return build_report(db, _number(job), decoder(db, _number(job)))
 
 

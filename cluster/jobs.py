@@ -17,7 +17,7 @@ from types import FrameType
 import structlog
 
 from cluster.places import anchored
-from cluster.prepare import Validation, cores, metric_versions, prepare, validate
+from cluster.prepare import Validation, cores, metrics_of_workers, prepare, validate
 from cluster.preparing import prepare_next
 from cluster.ray_environment import set_up_ray
 from cluster.reaping import ALONE, take_back
@@ -30,7 +30,7 @@ from db.session import Database
 from engine.errors import BadInput
 from engine.exits import TIED, find_bundle
 from engine.loading import find_model, models
-from workers.benchmarks.catalogue import benchmarks
+from workers.benchmarks.catalogue import entry
 from workers.benchmarks.spec import CatalogueBenchmark, JsonlBenchmark
 from workers.pinned import Pinned
 from workers.worker import IDLE_SECONDS, Unfit, Worker
@@ -129,10 +129,10 @@ def _check_names(spec: JobSpec) -> None:
             )
     for asked in spec.benchmarks:
         if isinstance(asked, CatalogueBenchmark):
-            benchmarks[asked.benchmark]
+            entry(asked.benchmark)
         if isinstance(asked, JsonlBenchmark) and not Path(asked.jsonl).is_file():
             raise BadInput(f"benchmark: there is no file {asked.jsonl!r}; correct the field jsonl.")
-    metric_versions(spec.metrics)
+    metrics_of_workers(spec.metrics)
 
 
 def _report_progress(db: Database, job_id: int, on_progress: Callable[[Progress], None], pauses: "_Pauses") -> None:

@@ -11,10 +11,10 @@ from cluster.spec import JobSpec
 from engine.exits import known_exits
 from engine.loading import models
 from engine.spec import Spec
-from workers.benchmarks.spec import DatasetBenchmark, JsonlBenchmark, SourceBenchmark
+from workers.benchmarks.spec import CatalogueBenchmark, DatasetBenchmark, JsonlBenchmark, SourceBenchmark
 
 #: the fields of a spec that may name a place
-Field = Literal["model", "exits", "jsonl", "dataset", "source"]
+Field = Literal["model", "exits", "benchmark", "jsonl", "dataset", "source"]
 _OF_BENCHMARK: tuple[tuple[type[Spec], Field], ...] = (
     (JsonlBenchmark, "jsonl"),
     (DatasetBenchmark, "dataset"),
@@ -25,10 +25,12 @@ _OF_BENCHMARK: tuple[tuple[type[Spec], Field], ...] = (
 def placed(spec: JobSpec, place: Callable[[Field, str], str]) -> JobSpec:
     """The spec with `place(field, value)` instead of each value that may name a place.
 
-    Names of models and exits that everybody knows name none.
+    Names of models, exits and benchmarks that everybody knows name none.
     """
 
     def benchmark(asked: Spec) -> Spec:
+        if isinstance(asked, CatalogueBenchmark) and asked.is_file:
+            return asked.model_copy(update={"benchmark": place("benchmark", asked.benchmark)})
         for kind, field in _OF_BENCHMARK:
             if isinstance(asked, kind):
                 return asked.model_copy(update={field: place(field, getattr(asked, field))})
@@ -48,6 +50,6 @@ def anchored(spec: JobSpec, folder: Path) -> JobSpec:
 
 
 def meant(field: Field, value: str, folder: Path) -> Path | None:
-    """The absolute path that a field names in `folder`: a file of JSON lines, there or not, or a folder that is."""
+    """The absolute path that a field names in `folder`: a file, there or not, or a folder that is."""
     path = (folder / Path(value).expanduser()).absolute()
-    return path if field == "jsonl" or path.is_dir() else None
+    return path if field in ("benchmark", "jsonl") or path.is_dir() else None

@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
@@ -25,10 +25,10 @@ from workers.benchmarks.sample import Benchmark
 from workers.bundle import pack
 from workers.holding import Holding, patiently
 from workers.pinned import Pinned
-from workers.scoring.metrics import metrics
+from workers.scoring.metrics import executed_metrics, metrics, wanted_metrics
 
 #: packages whose version may change a token, a score or a figure
-_VERSIONED = ("shortstop", "torch", "transformers", "tokenizers", "safetensors", "numpy", "rapidfuzz", "rouge-score")
+_VERSIONED = ("shortstop", "torch", "transformers", "tokenizers", "safetensors", "numpy", "rapidfuzz", "sacrebleu")
 
 #: that `auto` leaves of every benchmark: a batch is the unit of timing, and the interval of a speedup needs several
 _FEWEST_BATCHES = 12
@@ -131,7 +131,7 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
     folder = None if spec.exits is None else find_exits(spec.exits, facts)
     manifest = None if folder is None else read_manifest(folder)
     _check_exits(spec.policies, manifest, facts)
-    versions = metric_versions(spec.metrics)
+    versions = metrics_of_workers(spec.metrics)
     benchmarks = _load_benchmarks(spec)
     _check_differ(benchmarks)
     device = find_device(spec.device)
@@ -166,8 +166,18 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
 
 
 def metric_versions(names: Iterable[str] | None) -> dict[str, str]:
-    """Version by metric name, for all known metrics when no names are given. Raises `UnknownName`."""
-    return {name: metrics[name].version for name in (metrics if names is None else names)}
+    """Version by metric name, see `wanted_metrics`. Raises `UnknownName`."""
+    return {name: metrics[name].version for name in wanted_metrics(names)}
+
+
+def metrics_of_workers(names: Iterable[str] | None) -> dict[str, str]:
+    """`metric_versions` of what workers compute. Raises `BadInput` for what executes completions: they never do."""
+    for name in executed_metrics(wanted_metrics(names)):
+        raise BadInput(
+            f"metrics: {name!r} executes what the model wrote, which no worker does; once the job has ended: "
+            f"`shortstop rescore JOB --metric {name} --execute`."
+        )
+    return metric_versions(names)
 
 
 def cores() -> int:
@@ -236,9 +246,10 @@ def _planned(benchmark: Benchmark) -> PlannedBenchmark:
         name=benchmark.name,
         version=benchmark.version,
         content_hash=benchmark.content_hash,
-        ends_with_line=benchmark.ends_with_line,
-        samples=[astuple(sample) for sample in benchmark.samples],
+        ends=benchmark.ends,
+        samples=[(one.name, one.prompt, one.reference, one.language, one.source_group) for one in benchmark.samples],
         left_out=benchmark.left_out,
+        tests=[one.test for one in benchmark.samples],
     )
 
 

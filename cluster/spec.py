@@ -44,7 +44,9 @@ class JobSpec(Spec):
     generation: Generation = Generation()
     benchmarks: list[Any] = Field(min_length=1)
     policies: list[Any] = Field(min_length=1)
-    metrics: list[str] | None = Field(None, min_length=1, description="all known metrics when absent")
+    metrics: list[str] | None = Field(
+        None, min_length=1, description="`all`, or names; those computed by default when absent"
+    )
     shard_batches: int = Field(2, ge=1, description="batches in a shard")
     priority: int = Field(0, ge=-1000, le=1000)
 

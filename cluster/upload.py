@@ -39,7 +39,7 @@ def uploaded(spec: JobSpec, folder: Path, send: Callable[[bytes], str]) -> JobSp
             if Path(value).is_absolute():
                 return value
             raise BadInput(f"{field} {value!r}: there is no such file here ({found}); correct the path.")
-        if field in ("model", "dataset"):
+        if field in ("model", "benchmark", "dataset"):
             return str(found)  # the server may have it in the same place
         archive = packed(found, extensions if field == "source" else None)
         return f"{send(archive)}/{found.name}"

@@ -30,7 +30,7 @@ _REBUILD = "run `shortstop db check --rebuild-rollups`"
 class Hashes:
     """How content is hashed; the wings above know."""
 
-    benchmark: Callable[[str, bool, Iterable[SampleRow]], str]  #: (version, ends_with_line, samples in order)
+    benchmark: Callable[[str, str, Iterable[SampleRow]], str]  #: (version, ends, samples in order)
     artifact: Callable[[str, bytes], str]  #: (kind, content); of content that cannot be read: anything but its hash
 
 
@@ -148,7 +148,7 @@ def _benchmarks(connection: Connection, hashes: Hashes) -> Iterator[str]:
             yield f"benchmark {row.id} {remedy(row)}"
             continue
         samples = _Counted(samples_of(connection, row.id))
-        found = hashes.benchmark(row.version, row.ends_with_line, samples)
+        found = hashes.benchmark(row.version, row.ends, samples)
         if samples.count != row.n_samples or samples.gap:
             yield (
                 f"benchmark {row.id} ({row.name!r}) has {samples.count} samples where {row.n_samples} belong, one at "

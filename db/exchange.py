@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from db.errors import BadInput
 
 #: raised when what stands below changes
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 #: the artifact of a job that has one
 EXITS = "exits"
@@ -34,6 +34,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("reference", pa.string()),
             ("language", pa.string()),
             ("source_group", pa.string()),
+            ("test", pa.string()),
         ]
     ),
     "runs": pa.schema(

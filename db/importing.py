@@ -145,7 +145,7 @@ class _Plan:
             is_new = insert_new(self.connection, benchmark, fields)
             id = _benchmark_id(self.connection, fields)
             samples = _kept(self.connection, id, place, own) if is_new else (_sample(place, row) for row in own)
-            if hashes.benchmark(fields["version"], fields["ends_with_line"], samples) != fields["content_hash"]:
+            if hashes.benchmark(fields["version"], fields["ends"], samples) != fields["content_hash"]:
                 raise damaged(self.folder, "samples.parquet")
             self.benchmarks.append(id)
 

@@ -1,7 +1,7 @@
 """Planning: what a prepare task resolved becomes samples, runs and shards; and so does a policy that is added."""
 
 from collections.abc import Collection, Sequence
-from itertools import accumulate, product
+from itertools import accumulate, product, zip_longest
 from statistics import median
 from typing import Any
 
@@ -139,8 +139,8 @@ def _check(benchmarks: Sequence[PlannedBenchmark], policies: Sequence[PlannedPol
 
 
 def _check_text(planned: PlannedBenchmark) -> None:
-    for fields in planned.samples:
-        for field, value in zip(_SAMPLE_FIELDS, fields, strict=True):
+    for fields, test in zip_longest(planned.samples, planned.tests):
+        for field, value in zip((*_SAMPLE_FIELDS, "test"), (*fields, test or ""), strict=True):
             if storable(value) != value:
                 raise BadInput(
                     f"benchmark {planned.name!r}, sample {fields[0]!r}: {field} holds a NUL or half a surrogate pair, "
@@ -155,13 +155,17 @@ def _keep_artifacts(connection: Connection, artifacts: Sequence[tuple[str, str, 
 
 def _keep_benchmark(connection: Connection, planned: PlannedBenchmark) -> int:
     """The id of the benchmark with this content, written now unless it was before."""
-    row = {name: getattr(planned, name) for name in ("name", "version", "content_hash", "ends_with_line")}
+    row = {name: getattr(planned, name) for name in ("name", "version", "content_hash", "ends")}
     row |= {"n_samples": len(planned.samples), "left_out": list(planned.left_out)}
     is_new = insert_new(connection, benchmark, row)
     by_hash = select(benchmark.c.id).where(benchmark.c.content_hash == planned.content_hash)
     benchmark_id: int = connection.execute(by_hash).scalar_one()
     if is_new:
-        rows = [dict(zip(_SAMPLE_FIELDS, fields, strict=True)) for fields in planned.samples]
+        tests = planned.tests or [None] * len(planned.samples)
+        rows = [
+            dict(zip((*_SAMPLE_FIELDS, "test"), (*fields, test), strict=True))
+            for fields, test in zip(planned.samples, tests, strict=True)
+        ]
         connection.execute(
             insert(sample), [{"benchmark_id": benchmark_id, "position": i} | row for i, row in enumerate(rows)]
         )

@@ -41,6 +41,7 @@ class SampleRow:
     reference: str
     language: str
     source_group: str
+    test: str | None = None  #: the program that passes behind prompt and completion, where there is one
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,10 @@ class PlannedBenchmark:
     name: str
     version: str
     content_hash: str
-    ends_with_line: bool
+    ends: str  #: where a completion ends: line, statement, block, function, text
     samples: Sequence[tuple[str, str, str, str, str]]  #: (name, prompt, reference, language, source_group), in order
     left_out: Sequence[str] = ()  #: a sentence for each input that was skipped
+    tests: Sequence[str | None] = ()  #: of each sample, see `SampleRow.test`; none where there are no tests at all
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ class BenchmarkRow:
     name: str  #: the name under which it was first written
     version: str
     content_hash: str
-    ends_with_line: bool
+    ends: str  #: where a completion ends: line, statement, block, function, text
     n_samples: int
     left_out: tuple[str, ...]
 

@@ -5,7 +5,7 @@ Every attempt writes under a revision of its own, so that two at once never mix:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -40,6 +40,8 @@ class Completed:
     reference: str
     token_ids: list[int] | None = None  #: a stop has none; None where tokens were not asked for
     full_token_ids: list[int] | None = None  #: of the `full` run; None also where that ended with an error
+    prompt: str | None = None  #: None where tests were not asked for
+    test: str | None = None  #: of the sample; None also where it has none
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,21 @@ def rescore(
     summarise: Callable[[RunData], dict[str, Any]],
     *,
     with_tokens: bool = False,
+    with_tests: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     who: str = LOCAL,
 ) -> Rescored:
     """Add or renew metrics for every completion of a job that has ended; its other scores stay as they are.
 
     metrics: version by name. score_one gives the values of these metrics that a completion has, with_tokens: also from
-    its tokens. on_progress is told samples under a policy, done and in all. Scores of the revision before are kept,
-    older ones deleted. May be interrupted at any moment, and called again. Raises `BadInput` where the job has not
-    ended, has no runs, or is worked on again meanwhile.
+    its tokens, with_tests: also from its sample's prompt and test. on_progress is told samples under a policy, done and
+    in all. Scores of the revision before are kept, older ones deleted. May be interrupted at any moment, and called
+    again. Raises `BadInput` where the job has not ended, has no runs, or is worked on again meanwhile.
     """
     while True:
         attempt = _begin(db, job_id, metrics, who)
         try:
-            completions, sums = _write(db, attempt, score_one, with_tokens, on_progress)
+            completions, sums = _write(db, attempt, score_one, with_tokens, with_tests, on_progress)
             summaries = _summaries(db, attempt, summarise)
             _flip(db, attempt, sums, summaries)
         except _Overtaken:
@@ -146,6 +149,7 @@ def _write(
     attempt: _Attempt,
     score_one: Callable[[Completed], dict[str, float]],
     with_tokens: bool,
+    with_tests: bool,
     on_progress: Callable[[int, int], None],
 ) -> tuple[int, ScoreSums]:
     """Write the attempt's scores, a short transaction each window. Returns completions and the sums by shard."""
@@ -156,6 +160,8 @@ def _write(
     for window in windows:
         on_progress(done, total)
         rows = _completed(db, window, with_tokens)
+        if with_tests:
+            rows = _with_tests(db, window, rows)
         scores = [
             (row.task_id, ScoreRow(row.run_id, row.sample_id, name, attempt.metrics[name], value))
             for row, completed in rows
@@ -197,6 +203,18 @@ def _completed(db: Database, window: _Window, with_tokens: bool) -> list[tuple[R
     return [
         (row, Completed(row.text, row.reference, ids[row.run_id, row.sample_id], ids.get((full, row.sample_id))))
         for row in rows
+    ]
+
+
+def _with_tests(
+    db: Database, window: _Window, rows: Sequence[tuple[Row[Any], Completed]]
+) -> list[tuple[Row[Any], Completed]]:
+    chosen = select(sample.c.id, sample.c.prompt, sample.c.test).where(window.samples)
+    with db.read() as connection:
+        found = {id: (prompt, test) for id, prompt, test in connection.execute(chosen)}
+    return [
+        (row, replace(completed, prompt=found[row.sample_id][0], test=found[row.sample_id][1]))
+        for row, completed in rows
     ]
 
 

@@ -94,7 +94,7 @@ benchmark = Table(
     Column("name", Text, nullable=False),
     Column("version", Text, nullable=False),
     Column("content_hash", Text, nullable=False, unique=True),
-    Column("ends_with_line", Boolean, nullable=False),
+    Column("ends", Text, nullable=False, server_default="line"),
     Column("n_samples", Integer, nullable=False),
     Column("left_out", JSON, nullable=False),
 )
@@ -120,6 +120,7 @@ sample = Table(
     Column("reference", Text, nullable=False),
     Column("language", Text, nullable=False),
     Column("source_group", Text, nullable=False),
+    Column("test", Text),
     UniqueConstraint("benchmark_id", "position"),
 )
 

@@ -26,7 +26,7 @@ N_LAYERS = 30
 
 def planned_benchmark(n_samples: int, name: str = "lines", content: str = "one") -> PlannedBenchmark:
     samples = [(f"s/{i}", f"prompt {i:06} é", f"reference {i}", "python", f"group/{i // 3}") for i in range(n_samples)]
-    return PlannedBenchmark(name, "1", f"{name}-{content}-{n_samples}", True, samples, ("file x was empty.",))
+    return PlannedBenchmark(name, "1", f"{name}-{content}-{n_samples}", "line", samples, ("file x was empty.",))
 
 
 def planned_policy(label: str) -> PlannedPolicy:

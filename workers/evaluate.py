@@ -6,7 +6,7 @@ texts are scored when all policies are done, so that scoring never disturbs a ti
 
 import random
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from db.records import OutcomeRow, SampleRow, ScoreRow, ShardResults, TimingRow, TokenArrays
@@ -14,6 +14,7 @@ from engine.errors import NumericalError, OutOfMemory
 from engine.memory import release
 from engine.record import Completion, Decoded, TokenRecords
 from engine.spec import PolicySpec
+from workers.benchmarks.ends import Ends, cut
 from workers.scoring.metrics import score_text, score_tokens
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Evaluation:
     engine: "Engine"
     runs: Sequence[Run]
     content_hash: str  #: of the benchmark
-    ends_with_line: bool
+    ends: Ends
     max_new_tokens: int
     metrics: dict[str, str]  #: name -> version
     seed: int
@@ -138,7 +139,7 @@ class Evaluation:
         """What decoding gave for each run. Raises `NumericalError`, `OutOfMemory`."""
         self.proceed()
         prompts = self.engine.encode(
-            [sample.prompt for sample in samples], self.max_new_tokens, heal=self.ends_with_line
+            [sample.prompt for sample in samples], self.max_new_tokens, heal=self.ends != "text"
         )
         prefilled = self.engine.prefill(prompts, self.max_new_tokens)
         decoded = {}
@@ -150,7 +151,7 @@ class Evaluation:
     def _decode_alone(self, sample: SampleRow, parts: Parts) -> dict[int, list[Ending]]:
         """How one sample ends under each run; what was decoded for it is added to `parts`."""
         self.proceed()
-        prompts = self.engine.encode([sample.prompt], self.max_new_tokens, heal=self.ends_with_line)
+        prompts = self.engine.encode([sample.prompt], self.max_new_tokens, heal=self.ends != "text")
         try:
             prefilled = self.engine.prefill(prompts, self.max_new_tokens)
         except (NumericalError, OutOfMemory) as error:
@@ -170,7 +171,7 @@ class Evaluation:
 
     def _decode(self, prefilled: "Prefilled", run: Run) -> Decoded:
         return self.engine.decode(
-            prefilled, run.policy, max_new_tokens=self.max_new_tokens, ends_with_line=self.ends_with_line
+            prefilled, run.policy, max_new_tokens=self.max_new_tokens, ends_with_line=self.ends == "line"
         )
 
     def _all_end(self, error: str) -> dict[int, list[Ending]]:
@@ -214,11 +215,18 @@ class Evaluation:
         full = next((endings[run.id] for run in self.runs if run.policy.kind == "full"), [None] * len(samples))
         outcomes, scores = [], []
         for run in self.missing:
-            for sample, ending, reference in zip(samples, endings[run.id], full, strict=True):
+            for sample, written, reference in zip(samples, endings[run.id], full, strict=True):
+                ending = self._up_to_its_end(sample, written)
                 outcomes.append(_outcome(run, sample, ending, isolated))
                 if isinstance(ending, Completion):
                     scores += self._scores(run, sample, ending, reference)
         return ShardResults(outcomes, scores, timings)
+
+    def _up_to_its_end(self, sample: SampleRow, ending: Ending) -> Ending:
+        """A completion's text as it is kept and scored; its tokens are all that were decoded."""
+        if isinstance(ending, str):
+            return ending
+        return replace(ending, text=cut(sample.prompt, ending.text, self.ends, sample.language))
 
     def _scores(self, run: Run, sample: SampleRow, completion: Completion, full: Ending | None) -> list[ScoreRow]:
         values = score_text(list(self.metrics), completion.text, sample.reference)

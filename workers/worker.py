@@ -22,6 +22,7 @@ from db.session import Database
 from engine.errors import BadInput, EngineError, WeightsMismatch
 from engine.loading import cache_folder, resolve_model
 from engine.spec import parse_policy
+from workers.benchmarks.ends import parse_ends
 from workers.bundle import unpack
 from workers.context import at_work
 from workers.evaluate import Evaluation, Run, joined
@@ -227,7 +228,7 @@ class Worker:
             engine=engine,
             runs=runs,
             content_hash=shard.benchmark.content_hash,
-            ends_with_line=shard.benchmark.ends_with_line,
+            ends=parse_ends(shard.benchmark.ends),
             max_new_tokens=pinned.max_new_tokens,
             metrics=pinned.metrics,
             seed=pinned.seed,

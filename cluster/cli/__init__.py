@@ -79,7 +79,6 @@ for command in (
     exchange.export_job,
     exchange.import_job,
     catalogue.models,
-    catalogue.benchmarks,
     catalogue.policies,
     training.train,
     serve.serve,
@@ -93,6 +92,12 @@ database.command()(machine.check)
 database.command()(machine.prune)
 database.command()(machine.backup)
 app.add_typer(database, name="db")
+benchmarks = typer.Typer(
+    help="The benchmarks known by name; source code and JSONL do as well.", invoke_without_command=True
+)
+benchmarks.callback()(catalogue.benchmarks)
+benchmarks.command()(catalogue.show)
+app.add_typer(benchmarks, name="benchmarks")
 
 keys = typer.Typer(help="Look after the API keys of a server's clients.", no_args_is_help=True)
 keys.command()(serve.create)

@@ -19,7 +19,12 @@ PolicyText = Annotated[
 ]
 MetricNames = Annotated[
     list[str] | None,
-    typer.Option("--metric", metavar="NAME", help="A metric to add or renew; without it all that the job has."),
+    typer.Option(
+        "--metric", metavar="NAME", help="A metric to add or renew, or `all`; without it all that the job has."
+    ),
+]
+Execute = Annotated[
+    bool, typer.Option("--execute", help="Allow metrics that execute completions (pass@1), each in a sandbox.")
 ]
 
 
@@ -41,14 +46,24 @@ def add_policy(
         see_through(shortstop, job, inline, database, server, page, as_json)
 
 
-def rescore(job: JobId, metric: MetricNames = None, database: DatabaseUrl = None, as_json: JsonFlag = False) -> None:
+def rescore(
+    job: JobId,
+    metric: MetricNames = None,
+    execute: Execute = False,
+    database: DatabaseUrl = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Score a finished job's completions again, without computing any."""
     from cluster import rescoring
     from cluster.cli.progress import watch
 
     with opened(start(database), create=False) as db, watch() as shown:
         done = rescoring.rescore(
-            db, job, metric, on_progress=lambda ended, total: shown.show("scoring", ended, total, "samples")
+            db,
+            job,
+            metric,
+            execute=execute,
+            on_progress=lambda ended, total: shown.show("scoring", ended, total, "samples"),
         )
     if as_json:
         print_json(done)

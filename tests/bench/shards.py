@@ -11,7 +11,7 @@ from db import jobs, queue, results
 from db.records import OutcomeRow, RunRow, SampleRow, ScoreRow, ShardResults, TimingRow, TokenArrays
 from db.session import Database
 from tests.made import N_LAYERS, planned_job
-from workers.scoring.metrics import metrics
+from workers.scoring.metrics import metrics, wanted_metrics
 
 #: tokens of a completion
 TOKENS = 32
@@ -67,16 +67,17 @@ class Work:
 def made(runs: Sequence[RunRow], samples: Sequence[SampleRow], batches: range, rows: int) -> ShardResults:
     """One shard, every completion `TOKENS` long."""
     rng = np.random.default_rng(batches.start)
+    names = wanted_metrics(None)
     shard = ShardResults()
     for run in runs:
         for sample, tokens in zip(samples, _arrays(rng, len(samples), run.policy_kind == "full"), strict=True):
             at = int(rng.integers(len(CODE) - TOKENS * CHARACTERS))
             text = CODE[at : at + TOKENS * CHARACTERS]
             shard.outcomes.append(OutcomeRow(run.id, sample.id, text, None, "length", TOKENS, 256, 0, True, tokens))
-            values = rng.random(len(metrics)).tolist()
+            values = rng.random(len(names)).tolist()
             shard.scores.extend(
                 ScoreRow(run.id, sample.id, name, metrics[name].version, value)
-                for name, value in zip(metrics, values, strict=True)
+                for name, value in zip(names, values, strict=True)
             )
         shard.timings.extend(
             TimingRow(run.id, batch, rows, *rng.integers(1, 10**12, 5).tolist(), "cpu-bench", True) for batch in batches

@@ -62,7 +62,7 @@ def set_scene(db: Database, world: World) -> dict[str, Any]:
     done = jobs.submit(db, world.spec(name="nightly", metrics=METRICS), principal="alice")
     assert jobs.work(db, done, inline=True) is JobState.DONE
     prompts = write_hostile(world.folder / "hostile.jsonl")
-    source: dict[str, Any] = {"jsonl": str(prompts), "id": "id", "group": "file", "ends_with_line": False}
+    source: dict[str, Any] = {"jsonl": str(prompts), "id": "id", "group": "file", "ends": "text"}
     hostile = jobs.submit(db, world.spec(name=HOSTILE, benchmarks=[source]), principal="alice")
     assert jobs.work(db, hostile, inline=True) is JobState.DONE
     dead = jobs.submit(db, world.spec(name="doomed", policies=["full"]), principal="alice")

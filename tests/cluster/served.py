@@ -100,7 +100,7 @@ class Site:
 
 
 def _small(world: World) -> dict[str, Any]:
-    short = {"jsonl": str(world.prompts), "id": "id", "group": "file", "ends_with_line": False, "samples": 8}
+    short = {"jsonl": str(world.prompts), "id": "id", "group": "file", "ends": "text", "samples": 8}
     return {"benchmarks": [short], "policies": ["full", {"confidence": {"threshold": 0.6}}]}
 
 

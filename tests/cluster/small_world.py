@@ -44,7 +44,7 @@ class World:
             "device": "cpu",
             "threads": 1,
             "generation": {"max_new_tokens": 8, "batch_size": 4},
-            "benchmarks": [{"jsonl": str(self.prompts), "id": "id", "group": "file", "ends_with_line": False}],
+            "benchmarks": [{"jsonl": str(self.prompts), "id": "id", "group": "file", "ends": "text"}],
             "policies": POLICIES,
             "metrics": ["es", "accepted", "token_agreement"],  # without the seconds that importing nltk takes
             "shard_batches": 4,

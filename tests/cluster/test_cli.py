@@ -312,6 +312,10 @@ def test_doctor_finds_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert re.fullmatch(r"\d+\.\d GiB, \d+\.\d GiB free", checks["memory"]["detail"])
     assert checks["model smollm2-135m"]["finding"] == "ok"
     assert checks["benchmark humaneval-lines"]["finding"] == "ok"
+    absent = {name: check for name, check in checks.items() if name.startswith("benchmark codex")}
+    assert len(absent) == 2
+    assert all(check["finding"] == "note" and "fetch dataset.zip" in check["detail"] for check in absent.values())
+    assert checks["benchmark codesearchnet-python-lines"]["finding"] == "note"
     assert checks["database"]["finding"] == "note"
     assert list(tmp_path.iterdir()) == []
 

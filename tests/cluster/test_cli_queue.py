@@ -155,4 +155,4 @@ def test_work_on_a_paused_job_says_so_and_waits(world: World, db: Database, prep
 
 def short(world: World) -> dict[str, object]:
     """Few of the world's prompts."""
-    return {"jsonl": str(world.prompts), "id": "id", "group": "file", "ends_with_line": False, "samples": 4}
+    return {"jsonl": str(world.prompts), "id": "id", "group": "file", "ends": "text", "samples": 4}

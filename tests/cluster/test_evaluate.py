@@ -10,8 +10,10 @@ from db.records import SampleRow
 from engine.engine import Engine
 from engine.errors import BadInput
 from engine.spec import parse_policy
+from workers.benchmarks.ends import cut
 from workers.bundle import pack, unpack
 from workers.evaluate import Evaluation, Run
+from workers.scoring.text import es
 
 SAMPLES = [SampleRow(i + 1, i, f"s{i}", f"x = {i}\nret", "urn x", "python", "f") for i in range(4)]
 
@@ -24,7 +26,7 @@ def evaluation(world: World) -> Evaluation:
         engine=engine,
         runs=[Run(i, parse_policy(policy)) for i, policy in enumerate(policies)],
         content_hash="c",
-        ends_with_line=False,
+        ends="text",
         max_new_tokens=6,
         metrics={"es": "es@1", "token_agreement": "token_agreement@1", "exact_agreement": "exact_agreement@1"},
         seed=0,
@@ -53,6 +55,22 @@ def test_agreement_is_with_full_depth_of_the_same_sample(evaluation: Evaluation)
     for (run_id, sample_id), value in agreed.items():
         assert value == (written[run_id, sample_id] == written[0, sample_id])
     assert set(agreed.values()) == {0.0, 1.0}
+
+
+def test_texts_end_where_the_benchmark_says_and_tokens_do_not(evaluation: Evaluation) -> None:
+    """Under every policy, before anything is scored: what is kept is what was scored."""
+    samples = [replace(sample, prompt=f"x = {sample.position}; y", language="java") for sample in SAMPLES]
+    whole = evaluation.together(0, samples)
+    ended = replace(evaluation, ends="statement").together(0, samples)
+    texts = [row.text for row in whole.outcomes]
+    cuts = [cut(samples[row.sample_id - 1].prompt, str(row.text), "statement", "java") for row in whole.outcomes]
+    assert [row.text for row in ended.outcomes] == cuts
+    assert cuts != texts
+    assert [row.tokens.token_ids.tolist() for row in ended.outcomes] == [
+        row.tokens.token_ids.tolist() for row in whole.outcomes
+    ]
+    scores = [row.value for row in ended.scores if row.metric == "es"]
+    assert scores == [es(text, "urn x") for text in cuts]
 
 
 def test_full_depth_that_is_done_already_is_timed_beside_the_others_and_leaves_nothing(evaluation: Evaluation) -> None:

@@ -21,7 +21,7 @@ KEPT = (
     "SELECT * FROM score ORDER BY 1, 2, 3, 4",
     "SELECT run_id, batch, prefill_ns, decode_ns, timed FROM timing ORDER BY 1, 2",
     "SELECT id, policy, summary FROM run ORDER BY id",
-    "SELECT * FROM sample ORDER BY id",
+    "SELECT id, benchmark_id, position, name, prompt, reference, language, source_group FROM sample ORDER BY id",
     "SELECT hash, content FROM artifact",
 )
 

@@ -28,7 +28,7 @@ GIB = 2**30
 def many(world: World, tmp_path: Path) -> dict[str, Any]:
     """Fields of a job with enough samples for any batch size."""
     prompts = write_prompts(tmp_path / "many.jsonl", 700)
-    return world.fields(generation=AUTO, benchmarks=[{"jsonl": str(prompts), "id": "id", "ends_with_line": False}])
+    return world.fields(generation=AUTO, benchmarks=[{"jsonl": str(prompts), "id": "id", "ends": "text"}])
 
 
 def batch_size(fields: dict[str, Any], free: int, patch: pytest.MonkeyPatch, workers: int = 1) -> int:
@@ -69,7 +69,7 @@ def test_a_prompt_longer_than_the_context_counts_as_the_context(
     free = needed(world, 32, CONTEXT)
     prompts = write_prompts(tmp_path / "long.jsonl", 700)
     prompts.write_text(prompts.read_text() + '{"id": "long", "prompt": "' + "x" * 100_000 + '", "reference": "y"}\n')
-    fields = many | {"benchmarks": [{"jsonl": str(prompts), "id": "id", "ends_with_line": False}]}
+    fields = many | {"benchmarks": [{"jsonl": str(prompts), "id": "id", "ends": "text"}]}
     assert batch_size(fields, free, monkeypatch) == 32
 
 

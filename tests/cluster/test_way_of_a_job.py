@@ -185,7 +185,7 @@ def test_a_sample_that_breaks_the_model_is_the_only_one_to_suffer(world: World, 
     spec = world.spec(
         model=str(folder),
         exits=str(bundle(tmp_path / "exits", folder)),
-        benchmarks=[{"jsonl": str(tmp_path / "poisoned.jsonl"), "id": "id", "ends_with_line": False}],
+        benchmarks=[{"jsonl": str(tmp_path / "poisoned.jsonl"), "id": "id", "ends": "text"}],
     )
     job_id = jobs.submit(db, spec)
     assert jobs.work(db, job_id, inline=True) is jobs.JobState.DONE

@@ -19,11 +19,11 @@ from db.session import Database
 POLICIES = ("full", "self-speculative exit_layer=18")
 
 
-def made_hash(version: str, ends_with_line: bool, samples: Iterable[SampleRow]) -> str:
+def made_hash(version: str, ends: str, samples: Iterable[SampleRow]) -> str:
     """What `made.planned_benchmark` calls its content, as long as it is that."""
     found = [(one.name, one.prompt, one.reference, one.language, one.source_group) for one in samples]
     made = planned_benchmark(len(found))
-    return made.content_hash if found == made.samples and ends_with_line else "another"
+    return made.content_hash if found == made.samples and ends == "line" else "another"
 
 
 HASHES = Hashes(made_hash, lambda kind, content: "hash-of-exits" if content == b"\x00exits" else "another")

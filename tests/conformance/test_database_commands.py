@@ -47,7 +47,7 @@ def bundle(tmp_path: Path) -> bytes:
 def done(db: Database, bundle: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Database:
     """A finished job whose content has the hashes that `cluster.prepare` gives it; commands find it by the settings."""
     made = planned_benchmark(11)
-    content = Benchmark("lines", "1", True, [Sample(*fields) for fields in made.samples]).content_hash
+    content = Benchmark("lines", "1", "line", [Sample(*fields) for fields in made.samples]).content_hash
     job_id = jobs.create_job(db, name="made", spec={"model": "none"})
     lease = queue.claim(db, "preparer", kind="prepare", job_id=job_id)
     assert lease is not None
@@ -55,7 +55,7 @@ def done(db: Database, bundle: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path:
         db,
         lease,
         pinned={"batch_size": 2, "shard_batches": 2, "n_layers": 30, "exits_hash": packed_hash(bundle)},
-        benchmarks=[type(made)("lines", "1", content, True, made.samples)],
+        benchmarks=[type(made)("lines", "1", content, "line", made.samples)],
         artifacts=[("exits", packed_hash(bundle), bundle)],
         policies=[planned_policy("full"), planned_policy("patience patience=2")],
     )

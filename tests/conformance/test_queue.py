@@ -674,7 +674,7 @@ def test_large_shards_come_first_and_very_large_ones_are_cut(db: Database) -> No
         db,
         queue.claim(db, "preparer", kind="prepare", job_id=job_id),
         pinned={"batch_size": 1, "shard_batches": 4, "max_new_tokens": 1, "n_layers": 30},
-        benchmarks=[PlannedBenchmark("lines", "1", "hash", True, samples)],
+        benchmarks=[PlannedBenchmark("lines", "1", "hash", "line", samples)],
         artifacts=[],
         policies=[planned_policy("full")],
     )

@@ -24,6 +24,13 @@ def test_a_draw_is_spread_and_in_order(sizes, count, seed):
     assert not unexhausted or max(taken.values(), default=0) <= min(unexhausted) + 1
 
 
+@given(SIZES, st.integers(1, 40), st.integers(0, 40), st.integers(0, 2**31))
+def test_a_larger_draw_contains_the_smaller(sizes, count, more, seed):
+    """`samples: 1000` holds the samples of `samples: 500`, so that a first look is a part of the whole."""
+    smaller = draw(list(sizes), sizes.__getitem__, count, seed)
+    assert set(smaller) <= set(draw(list(sizes), sizes.__getitem__, count + more, seed))
+
+
 def test_a_draw_does_not_depend_on_the_groups_order():
     """Only the seed and the names decide what is drawn."""
     sizes = {f"file{i}.py": 10 for i in range(20)}

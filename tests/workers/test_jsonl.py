@@ -34,12 +34,13 @@ def test_fields_are_named_by_the_spec(tmp_path):
         {"q": "b = ", "a": "", "n": "last", "repo": "x/y"},
     )
     spec = {"jsonl": file, "prompt": "q", "reference": "a", "id": "n", "group": "repo", "language": "go"}
-    benchmark = load({**spec, "ends_with_line": False})
+    benchmark = load({**spec, "ends": "text"})
     first, last = benchmark.samples
     assert (first.name, first.prompt, first.reference) == ("7", "a = ", "1")
     assert (first.language, first.source_group) == ("go", "x/y")
     assert last.name == "last"
-    assert not benchmark.ends_with_line
+    assert benchmark.ends == "text"
+    assert load({**spec, "ends_with_line": False}) == benchmark  # as jobs of before say it
     unnamed = load({"jsonl": file, "prompt": "q", "reference": "a"})
     assert [(sample.name, sample.source_group) for sample in unnamed.samples] == [("1", "1"), ("3", "3")]
 
@@ -54,7 +55,7 @@ def test_version_follows_the_content_unless_named(tmp_path):
     assert before.name == after.name == "jsonl:x.jsonl"
     assert before.version != after.version
     before, after = load({"jsonl": one, "name": "mine"}), load({"jsonl": other, "name": "mine"})
-    assert (before.name, before.version) == (after.name, after.version) == ("mine", "1")
+    assert (before.name, before.version) == (after.name, after.version) == ("mine", "2")
     assert before.content_hash != after.content_hash
 
 
@@ -132,7 +133,10 @@ def test_an_unknown_benchmark_gets_the_nearest_name():
 @pytest.mark.skipif(not DATA.is_dir(), reason="the published benchmark files are not at ../shared/data")
 def test_published_files_are_read_whole():
     """Real files: MBPP with its carriage returns, HumanEval-X Java packed."""
-    mbpp = load({"jsonl": str(DATA / "mbpp" / "mbpp.jsonl"), "prompt": "text", "reference": "code", "id": "task_id"})
+    mbpp = load(
+        {"jsonl": str(DATA / "mbpp" / "mbpp.jsonl"), "prompt": "text", "reference": "code", "id": "task_id"}
+        | {"ends": "text"}
+    )
     assert len(mbpp.samples) == 974
     assert "\r\n" in mbpp.samples[0].reference
     java = DATA / "humaneval_x_java" / "humaneval_java.jsonl.gz"

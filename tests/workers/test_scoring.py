@@ -9,10 +9,14 @@ from rapidfuzz.distance import Indel
 
 from engine.errors import UnknownName
 from workers.scoring.code_tokenizer import code_tokens
-from workers.scoring.metrics import metrics, score_text, score_tokens
+from workers.scoring.metrics import metrics, score_text, score_texts, score_tokens, wanted_metrics
 
-TEXT = ["em", "em_line", "es", "rouge_l", "accepted"]
-TOKENS = ["token_agreement", "exact_agreement"]
+SHARES = ["em", "em_line", "es", "rouge_l", "accepted"]
+BY_DEFAULT = [*SHARES, "token_agreement", "exact_agreement"]
+MORE = ["em_codexglue", "es_codexglue", "rouge_l_default", "bleu", "chrf", "identifier_f1", "accepted_loose"]
+MORE += ["accepted_chars", "first_divergence", "pass@1"]
+TOKENS = ["token_agreement", "exact_agreement", "first_divergence"]
+TEXT = [name for name in BY_DEFAULT + MORE if name not in [*TOKENS, "pass@1"]]
 CODE = st.text(st.sampled_from("ab_1+-*/=<>().,:\"' \n\t#é"), max_size=30)
 IDS = st.lists(st.integers(0, 5), max_size=12)
 
@@ -23,7 +27,7 @@ def score(name: str, prediction: str, reference: str) -> float:
 
 def test_every_metric_has_a_version_and_a_description():
     """A score without its implementation's version could be compared with anything."""
-    assert list(metrics) == TEXT + TOKENS
+    assert list(metrics) == BY_DEFAULT + MORE
     assert metrics["es"].version == "es@rapidfuzz-3"
     for name, metric in metrics.items():
         assert metric.name == name
@@ -51,6 +55,28 @@ def test_every_metric_has_a_version_and_a_description():
         ("rouge_l", "Foo", "foo", 0),
         ("rouge_l", "\n", "", 1),
         ("rouge_l", "", "x", 0),
+        ("rouge_l_default", "a-b", "a+b", 1),
+        ("rouge_l_default", "", "", 0),
+        ("em_codexglue", " a  = <NUM_LIT>\n", "a = 0", 1),
+        ("em_codexglue", "a = <STR_LIT:utf-8>", "a = utf-8", 1),
+        ("em_codexglue", "x", "x ", 1),  # white space at the reference's end is no token
+        ("es_codexglue", "", "", 100),
+        ("es_codexglue", "", "a", 0),
+        ("es_codexglue", "abcd ", "abxd", 75),
+        ("es_codexglue", "abcd", "abxd ", 67),  # the reference is not stripped: 6 of 9
+        ("es_codexglue", "abbbbbbb", "acdefghi", 12),  # 12.5, rounded to even
+        ("bleu", "return x", "return x", 100),
+        ("bleu", "", "x", 0),
+        ("chrf", "return x", "return x", 100),
+        ("identifier_f1", "x = foo(bar)", "x = foo(baz)", 2 / 3),
+        ("identifier_f1", "return not None", "if x:", 0),
+        ("identifier_f1", "if True:", "return 1", 1),  # no identifier on either side
+        ("identifier_f1", "f('left right')", 'f("other")', 1),
+        ("identifier_f1", "a, a", "a", 2 / 3),
+        ("accepted_loose", "return valve", "return value", 1),
+        ("accepted_loose", "return x", "return y", 0),
+        ("accepted_chars", "return y", "return x\nz", 7),
+        ("accepted_chars", "a\nb", "a\nb", 1),
     ],
 )
 def test_hand_computed(name, prediction, reference, expected):
@@ -60,13 +86,37 @@ def test_hand_computed(name, prediction, reference, expected):
 @given(CODE, CODE)
 def test_text_metrics_agree_with_their_definitions(prediction, reference):
     """0..1, 1 for a text held against itself, `es` the plain ratio, `accepted` the first line's match."""
-    scores = score_text(TEXT, prediction, reference)
-    assert list(scores) == TEXT
-    assert all(0 <= value <= 1 for value in scores.values())
-    assert set(score_text(TEXT, reference, reference).values()) == {1}
+    scores = score_text(SHARES, prediction, reference)
+    assert list(scores) == SHARES
+    assert set(score_text(SHARES, reference, reference).values()) == {1}
     assert scores["es"] == pytest.approx(Indel.normalized_similarity(prediction, reference))
     assert scores["accepted"] == scores["em_line"]
     assert scores["em_line"] == 1 or scores["em"] == 0 or prediction.strip() == ""
+
+
+@given(CODE, CODE)
+def test_values_stay_in_their_range(prediction, reference):
+    """0..highest, where rounding may add a little; what is counted is a whole number."""
+    for name, value in score_text(TEXT, prediction, reference).items():
+        assert 0 <= value <= metrics[name].highest + 1e-9
+    assert score("accepted_chars", prediction, reference).is_integer()
+
+
+@given(st.lists(st.tuples(CODE, CODE), max_size=8))
+def test_many_at_once_score_as_one_by_one(pairs):
+    """The same float, bit by bit: what is scored again must not differ from what was scored first."""
+    predictions, references = [one for one, _ in pairs], [other for _, other in pairs]
+    many = score_texts(metrics, predictions, references)
+    assert list(many) == TEXT
+    for place, (prediction, reference) in enumerate(pairs):
+        assert score_text(TEXT, prediction, reference) == {name: values[place] for name, values in many.items()}
+
+
+def test_which_metrics_are_wanted():
+    """None: those by default; `all`: every one; a name twice counts once."""
+    assert wanted_metrics(None) == BY_DEFAULT
+    assert wanted_metrics(["all"]) == [name for name in metrics if name != "pass@1"]
+    assert wanted_metrics(["bleu", "es", "bleu"]) == ["bleu", "es"]
 
 
 @given(CODE, CODE)
@@ -107,18 +157,18 @@ def test_code_tokens_lose_nothing_but_white_space(text):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "full", "agreement", "exact"),
+    ("tokens", "full", "agreement", "exact", "divergence"),
     [
-        ([1, 2, 3], [1, 2, 3], 1, 1),
-        ([1, 2, 9, 4], [1, 2, 3, 4], 0.75, 0),
-        ([1, 2], [1, 2, 3, 4], 1, 0),  # stopped: what it wrote is right, the whole is not
-        ([1, 2, 3, 4], [1, 2], 0.5, 0),
-        ([], [1], 1, 0),
-        ([], [], 1, 1),
+        ([1, 2, 3], [1, 2, 3], 1, 1, 3),
+        ([1, 2, 9, 4], [1, 2, 3, 4], 0.75, 0, 2),
+        ([1, 2], [1, 2, 3, 4], 1, 0, 2),  # stopped: what it wrote is right, the whole is not
+        ([1, 2, 3, 4], [1, 2], 0.5, 0, 2),
+        ([], [1], 1, 0, 0),
+        ([], [], 1, 1, 0),
     ],
 )
-def test_token_metrics(tokens, full, agreement, exact):
-    assert score_tokens(TOKENS, tokens, full) == {"token_agreement": agreement, "exact_agreement": exact}
+def test_token_metrics(tokens, full, agreement, exact, divergence):
+    assert list(score_tokens(TOKENS, tokens, full).values()) == [agreement, exact, divergence]
 
 
 @given(IDS, IDS)

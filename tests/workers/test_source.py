@@ -50,7 +50,7 @@ def write(root: Path, files: dict[str, str | bytes]) -> str:
 def test_next_line_takes_substantive_lines_after_their_file(tmp_path):
     """Every substantive line but the first, each after exactly what stands before it."""
     benchmark = load({"source": write(tmp_path / "src", {"a/b.py": MODULE, "z.py": "x = 1\ny = 2\n"})})
-    assert benchmark.ends_with_line
+    assert benchmark.ends == "line"
     assert [sample.name for sample in benchmark.samples] == ["a/b.py:3", "a/b.py:6", "a/b.py:8", "a/b.py:9", "z.py:2"]
     for sample in benchmark.samples[:4]:
         assert MODULE.startswith(f"{sample.prompt}{sample.reference}\n")
@@ -180,7 +180,7 @@ def test_random_cut_follows_the_protocol(tmp_path, tokenizer):
     text = Path(os.__file__).read_text(encoding="utf-8")[:20_000]
     source = write(tmp_path / "src", {"os.py": text})
     benchmark = load({"source": source, "task": "random-cut", "samples": None}, tokenizer)
-    assert not benchmark.ends_with_line
+    assert benchmark.ends == "text"
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     whole, rest = divmod(len(ids), WINDOW)
     assert len(benchmark.samples) == whole + (rest > 10)

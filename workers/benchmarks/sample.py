@@ -16,6 +16,8 @@ class Sample:
     reference: str
     language: str
     source_group: str  #: file, task or repository it was taken from: samples of one group are not independent
+    #: the program that passes behind prompt, completion and a newline, where completions can be executed
+    test: str | None = None
 
 
 @dataclass(frozen=True)
@@ -24,24 +26,32 @@ class Benchmark:
 
     name: str
     version: str
-    ends_with_line: bool  #: whether a completion ends with its line
+    ends: str  #: where a completion ends, see `workers.benchmarks.ends`; the references end there too
     samples: list[Sample]
     left_out: list[str] = field(default_factory=list)  #: a sentence for each piece of input that was passed over
 
     @property
     def content_hash(self) -> str:
         """See `content_hash`."""
-        return content_hash(self.version, self.ends_with_line, self.samples)
+        return content_hash(self.version, self.ends, self.samples)
 
 
-def content_hash(version: str, ends_with_line: bool, samples: Iterable[Sample]) -> str:
-    """SHA-256 (hex) over the version, `ends_with_line` and every field of every sample, in order."""
-    return _digest(chain([[version, ends_with_line]], map(astuple, samples)))
+def content_hash(version: str, ends: str, samples: Iterable[Sample]) -> str:
+    """SHA-256 (hex) over the version, the end and every field of every sample, in order."""
+    # as it was written when an end was that of the line or none: those hashes stay
+    end = {"line": True, "text": False}.get(ends, ends)
+    return _digest(chain([[version, end]], map(_fields, samples)))
 
 
 def content_version(recipe: str, samples: Iterable[Sample]) -> str:
     """The version of a benchmark that promises no fixed content: how it was made, and what came out of it."""
-    return f"{recipe}-{_digest(map(astuple, samples))[:12]}"
+    return f"{recipe}-{_digest(map(_fields, samples))[:12]}"
+
+
+def _fields(sample: Sample) -> tuple[str | None, ...]:
+    """A test that is not there does not change the hash."""
+    fields = astuple(sample)
+    return fields[:-1] if sample.test is None else fields
 
 
 def _digest(rows: Iterable[object]) -> str:

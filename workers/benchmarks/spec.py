@@ -2,18 +2,24 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from engine.errors import BadInput
 from engine.spec import Spec, first_complaint
+from workers.benchmarks.ends import Ends
 
 
 class CatalogueBenchmark(Spec):
-    """A benchmark known by name: `humaneval-lines`, or one that an installed package adds."""
+    """A benchmark known by name: one of the catalogue or of an installed package; or the `.yaml` file that tells it."""
 
     benchmark: str = Field(min_length=1)
     samples: int | None = Field(None, ge=1, description="how many, drawn with the seed; all when absent")
     seed: int = 0
+
+    @property
+    def is_file(self) -> bool:
+        """Whether `benchmark` is the path of a file that declares it, not a name."""
+        return self.benchmark.endswith((".yaml", ".yml"))
 
 
 class SourceBenchmark(Spec):
@@ -35,10 +41,20 @@ class RecordsBenchmark(Spec):
     id: str | None = Field(None, description="field of the sample's id; the record's number when absent")
     group: str | None = Field(None, description="field of the source group; the sample's id when absent")
     language: str = "python"
-    ends_with_line: bool = Field(True, description="whether a completion ends with its line")
+    ends: Ends = Field("line", description="where a completion ends, and a reference with it")
+    test: str | None = Field(None, description="field of a program that passes behind prompt and completion")
     samples: int | None = Field(None, ge=1)
     seed: int = 0
     name: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_was_written_first(cls, value: Any) -> Any:
+        """Jobs that are in the record say `ends_with_line`."""
+        if isinstance(value, dict) and isinstance(value.get("ends_with_line"), bool) and "ends" not in value:
+            ends = "line" if value["ends_with_line"] else "text"
+            return {key: one for key, one in value.items() if key != "ends_with_line"} | {"ends": ends}
+        return value
 
 
 class JsonlBenchmark(RecordsBenchmark):

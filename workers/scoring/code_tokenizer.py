@@ -1,8 +1,6 @@
-"""Words of source code for ROUGE: identifiers, numbers and operators, one token each, whatever the language."""
+"""Words of source code: identifiers, numbers and operators, one token each, whatever the language."""
 
 import re
-
-from rouge_score.tokenizers import Tokenizer
 
 _TOKEN = re.compile(
     r"""
@@ -22,10 +20,3 @@ _TOKEN = re.compile(
 def code_tokens(text: str) -> list[str]:
     """`a+=b1` → `a`, `+=`, `b1`. White space separates and is not kept; upper and lower case differ."""
     return _TOKEN.findall(text)
-
-
-class CodeTokenizer(Tokenizer):
-    """`code_tokens`, as `rouge_score` asks for it."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return code_tokens(text)

@@ -1,0 +1,1 @@
+"""Executing completions: only when asked to, and only in a sandbox."""
