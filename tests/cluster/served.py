@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -41,7 +43,7 @@ class Served:
     def kill(self) -> None:
         """As `kill -9` does."""
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
         self.http.close()
 
 
@@ -60,6 +62,8 @@ def begin(
     assert process.stderr is not None
     for line in process.stderr:
         if found := re.match(r"serving on (http://\S+),", line):
+            # a pipe that nobody reads holds 64 kB, and then the server waits
+            threading.Thread(target=deque, args=(process.stderr, 0), daemon=True).start()
             return Served(found[1], process)
     raise AssertionError(f"the server ended with {process.wait()}")
 
@@ -74,7 +78,7 @@ def serving(database_url: str, uploads: Path, *arguments: str, **settings: str) 
         served.http.close()
         served.process.terminate()
         try:
-            served.process.communicate(timeout=SECONDS)
+            served.process.wait(timeout=SECONDS)
         except subprocess.TimeoutExpired:
             served.kill()
             raise
