@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 from small_world import World
@@ -63,9 +63,14 @@ def begin(
     for line in process.stderr:
         if found := re.match(r"serving on (http://\S+),", line):
             # a pipe that nobody reads holds 64 kB, and then the server waits
-            threading.Thread(target=deque, args=(process.stderr, 0), daemon=True).start()
+            threading.Thread(target=_read_on, args=(process.stderr,), daemon=True).start()
             return Served(found[1], process)
     raise AssertionError(f"the server ended with {process.wait()}")
+
+
+def _read_on(lines: IO[str]) -> None:
+    with lines:
+        deque(lines, maxlen=0)
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def test_validate_says_how_long_it_would_take(done: dict[str, Any], world: World
     spec = world.spec_file(tmp_path / "spec.yaml")
     found = answered("validate", spec, "--database", done["url"])["estimate"]
     assert found["jobs"] == 1
-    took = answered("query", "select sum(decode_ns) / 1e9 as s from timing", "--database", done["url"])[0]["s"]
+    took = answered("query", "select sum(decode_ns) / 1e9 as s from batch", "--database", done["url"])[0]["s"]
     assert found["seconds"] > took
     assert re.search(
         r"about \S+ s of work, going by 1 earlier job;", call("validate", spec, "--database", done["url"]).stdout
