@@ -107,13 +107,17 @@ def validate(spec: JobSpec, *, workers: int = 1, db: Database | None = None) -> 
     """
     resolved = resolve(spec, workers=workers)
     pinned = resolved.pinned
-    likely = db and estimate(
-        db,
-        weights_hash=pinned.weights_hash,
-        device_class=pinned.device_class,
-        samples=sum(len(benchmark.samples) for benchmark in resolved.benchmarks),
-        max_new_tokens=pinned.max_new_tokens,
-        policies=[policy.kind for policy in resolved.policies],
+    likely = (
+        None
+        if db is None
+        else estimate(
+            db,
+            weights_hash=pinned.weights_hash,
+            device_class=pinned.device_class,
+            samples=sum(len(benchmark.samples) for benchmark in resolved.benchmarks),
+            max_new_tokens=pinned.max_new_tokens,
+            policies=[policy.kind for policy in resolved.policies],
+        )
     )
     return Validation(
         model=pinned.model,

@@ -36,9 +36,9 @@ def estimate(
     `max_new_tokens`. A kind that was never timed is taken for the slowest that was.
     """
     of_model = job.c.pinned["weights_hash"].as_string() == weights_hash
-    recent = select(job.c.id, job.c.pinned["max_new_tokens"].as_integer().label("longest")).where(of_model)
-    recent = recent.order_by(job.c.id.desc()).limit(_JOBS).subquery()
-    sums = [func.sum(column) for column in (timing.c.rows, timing.c.prefill_ns, timing.c.decode_ns)]
+    longest = job.c.pinned["max_new_tokens"].as_integer().label("longest")
+    recent = select(job.c.id, longest).where(of_model).order_by(job.c.id.desc()).limit(_JOBS).subquery()
+    sums = [func.sum(column).label(column.name) for column in (timing.c.rows, timing.c.prefill_ns, timing.c.decode_ns)]
     chosen = (
         select(recent.c.id, recent.c.longest, run.c.policy_kind, *sums)
         .join(run, run.c.job_id == recent.c.id)
@@ -46,12 +46,13 @@ def estimate(
         .where(timing.c.timed, timing.c.device_class == device_class)
         .group_by(recent.c.id, recent.c.longest, run.c.policy_kind)
     )
-    prefill, decode = [0.0, 0.0], defaultdict(lambda: [0.0, 0.0])  # nanoseconds, rows
+    prefill = [0.0, 0.0]  # nanoseconds, rows
+    decode: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     with db.read() as connection:
         found = connection.execute(chosen).all()
-    for _, longest, kind, rows, prefill_ns, decode_ns in found:
-        _add(prefill, prefill_ns, rows)
-        _add(decode[kind], decode_ns * max_new_tokens / longest, rows)
+    for row in found:
+        _add(prefill, row.prefill_ns, row.rows)
+        _add(decode[row.policy_kind], row.decode_ns * max_new_tokens / row.longest, row.rows)
     if not found:
         return None
     each = {kind: spent / rows for kind, (spent, rows) in decode.items()}
