@@ -66,6 +66,7 @@ def _benchmark(
 ) -> BenchmarkReport:
     found = jobs.benchmark(db, runs[0].benchmark_id)
     summaries = _summaries(runs, sums, pinned.get("n_layers"))
+    texts_kept = found.content_hash not in pinned.get("withheld", {})
     reports = [
         RunReport(
             run_id=run.id,
@@ -83,8 +84,9 @@ def _benchmark(
         content_hash=found.content_hash,
         samples=found.n_samples,
         left_out=list(found.left_out),
+        texts_kept=texts_kept,
         runs=reports,
-        examples=pick_examples(db, reports, room, decode) if room else [],
+        examples=pick_examples(db, reports, room, decode) if room and texts_kept else [],
     )
 
 

@@ -129,6 +129,7 @@ class BenchmarkReport(Part):
     content_hash: str
     samples: int
     left_out: list[str]  #: a sentence for each input that was passed over
+    texts_kept: bool = True  #: False: the record has hashes for prompts, references and completions
     runs: list[RunReport]
     examples: list[Example]
 

@@ -15,8 +15,9 @@ from served import Site
 
 from cluster.api.problems import Problem
 from cluster.api.uploads import keep
-from cluster.upload import packed
+from cluster.upload import packed_source
 from engine.errors import BadInput
+from workers.benchmarks.spec import SourceBenchmark
 
 
 def archive(*entries: tuple[str, bytes], mode: int = 0, compression: int = zipfile.ZIP_DEFLATED) -> bytes:
@@ -56,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
     [
         "../precious", "a/../../precious", "/etc/passwd", "//etc/passwd", "..", ".", "", "a/..", "..\\precious",
         "c:\\x", "c:x", "a\\..\\b", "a\nb", "a\x01", "x" * 300, "/".join("a" * 60), "a" * 256 + "/b", "\u202eb",
-        "d/" * 300 + "x",
+        "d/" * 300 + "x", "src/.git/config", "src/.GIT",
     ],
 )  # fmt: skip
 def test_names_lead_nowhere_else(folder: Path, name: str) -> None:
@@ -151,7 +152,8 @@ def test_an_uploaded_folder_is_a_benchmark(site: Site, tmp_path: Path) -> None:
     (source / "secret.txt").write_text("not source")
     (source / ".env.py").symlink_to("/etc/passwd")
     headers = {"Content-Type": "application/zip"}
-    answer = site.ask("POST", "/v1/uploads", "submit", content=packed(source, {".py"}), headers=headers)
+    content = packed_source(SourceBenchmark(source=str(source)))
+    answer = site.ask("POST", "/v1/uploads", "submit", content=content, headers=headers)
     assert (answer.status_code, answer.json()["files"]) == (201, 3)
     asked = {"source": f"{answer.json()['upload']}/mine", "samples": 4}
     found = site.ask("POST", "/v1/validate", "submit", json=site.body() | {"benchmarks": [asked]})
