@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, overload
+from urllib.parse import quote
 
 import httpx
 from pydantic import TypeAdapter
 
 from cluster.errors import NotAllowed, ServerError
-from cluster.known import Known, KnownPolicy
+from cluster.known import Known, KnownPolicy, ShownBenchmark
 from cluster.reports.model import JobReport
 from cluster.service import JobDetails, Retried, Service
 from cluster.spec import JobSpec, parse_job, read_job
@@ -253,6 +254,9 @@ class Client(Service):
 
     def benchmarks(self) -> list[Known]:
         return self._typed(list[Known], "GET", "/v1/benchmarks")
+
+    def benchmark(self, name: str) -> ShownBenchmark:
+        return self._typed(ShownBenchmark, "GET", f"/v1/benchmarks/{quote(name, safe='')}")
 
     def policies(self) -> list[KnownPolicy]:
         return self._typed(list[KnownPolicy], "GET", "/v1/policies")

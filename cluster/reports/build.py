@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.reports.examples import Decode, pick_examples
 from cluster.reports.model import BenchmarkReport, Estimate, JobReport, RunReport, RunSummary
+from cluster.reports.overlap import overlap_of
 from db import devices, jobs
 from db.records import JobRow, Rollup, RunRow
 from db.rollups import rollups_of_job
@@ -85,6 +86,7 @@ def _benchmark(
         samples=found.n_samples,
         left_out=list(found.left_out),
         texts_kept=texts_kept,
+        overlap=overlap_of(db, found, reports, ended=not sums),
         runs=reports,
         examples=pick_examples(db, reports, room, decode) if room and texts_kept else [],
     )

@@ -1,4 +1,4 @@
-"""`store_text: false`: the record holds hashes and metrics; the worker reads the source again, and only if it is the same."""
+"""`store_text: false`: hashes and metrics in the record; a worker reads the source again, if it is the same."""
 
 from collections.abc import Iterator
 from contextlib import closing

@@ -106,7 +106,7 @@ def _from_source(spec: SourceBenchmark, tokenizer_of: Callable[[], Tokenizer], m
 
 def _from_records(spec: RecordsBenchmark, name: str, whole: list[Sample], left_out: list[str]) -> Benchmark:
     samples = _subset(whole, spec.samples, spec.seed)
-    name = f"{name}{_options(spec, 'split', 'config', 'samples', 'seed')}"
+    name = f"{name}{_options(spec, 'split', 'config', 'records', 'samples', 'seed')}"
     return Benchmark(spec.name or name, _version(spec, samples), spec.ends, samples, left_out, spec.store_text)
 
 
@@ -147,5 +147,5 @@ def _last_part(path: str) -> str:
 def _why_empty(benchmark: Benchmark) -> str:
     sentence = f"benchmark {benchmark.name!r} has no samples; give a source, language or file that has some."
     if benchmark.left_out:
-        sentence += f" {len(benchmark.left_out)} files were left out; the first: {benchmark.left_out[0]}"
+        sentence += f" {len(benchmark.left_out)} pieces of input were left out; the first: {benchmark.left_out[0]}"
     return sentence

@@ -239,14 +239,22 @@ def _of_package(name: str) -> _Found:
     if package and not folders and not inner and package.has_location and package.origin:
         module = Path(package.origin)
         return _of_names(module.parent, [module.name])
+    return _below(package_folder(name))
+
+
+def package_folder(name: str, field: str = "source") -> Path:
+    """Of an installed package, or of one within it (`package.inner`). Raises `BadInput`, which names the field."""
+    top, *inner = name.split(".")
+    package = importlib.util.find_spec(top) if top.isidentifier() else None
+    folders = list(package.submodule_search_locations or []) if package else []
     if len(folders) > 1:
-        raise BadInput(f"source {name!r} is spread over several folders; give one of them: {', '.join(folders)}.")
+        raise BadInput(f"{field} {name!r} is spread over several folders; give one of them: {', '.join(folders)}.")
     root = Path(folders[0], *inner) if folders else None
     if root is None and package and not inner:
-        raise BadInput(f"source {name!r} is compiled into Python and has no source files; name another package.")
+        raise BadInput(f"{field} {name!r} is compiled into Python and has no source files; name another package.")
     if root is None or not root.is_dir():
-        raise BadInput(f"source {name!r}: there is no such folder and no such installed package{_nearest(top)}")
-    return _below(root)
+        raise BadInput(f"{field} {name!r}: there is no such folder and no such installed package{_nearest(top)}")
+    return root
 
 
 def _nearest(name: str) -> str:

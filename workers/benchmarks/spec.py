@@ -99,6 +99,13 @@ class RecordsBenchmark(Spec):
     store_text: bool = STORE_TEXT
     name: str | None = Field(None, min_length=1)
 
+    @field_validator("records")
+    @classmethod
+    def _in_order(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 0 <= value[0] < value[1]:
+            raise ValueError(f"records is {list(value)}; give the first, counted from 0, and one past the last.")
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _as_it_was_written_first(cls, value: Any) -> Any:
@@ -116,11 +123,14 @@ class JsonlBenchmark(RecordsBenchmark):
 
 
 class DatasetBenchmark(RecordsBenchmark):
-    """A dataset of the library `datasets`: a folder that `save_to_disk` wrote, or a hub id."""
+    """A dataset of the library `datasets`: a folder that `save_to_disk` wrote, Parquet files, or a hub id."""
 
     dataset: str = Field(min_length=1)
     split: str = "test"
     config: str | None = Field(None, description="the dataset's configuration, where it has several")
+    streaming: bool = Field(
+        False, description="of the hub: read over the network, as far as needed, not fetched before"
+    )
 
 
 BenchmarkSpec = Annotated[
