@@ -43,7 +43,7 @@ def source(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
     for number in range(8):
-        lines = [f"name_{number}_{i} = first(alpha, {i}) + second(beta, {number}) + third(gamma)" for i in range(4)]
+        lines = [f"a{number}_{i} = b{number}(c{number}, {i}) + d{number}(e{number}, 1) * f{number}" for i in range(4)]
         (folder / f"part{number}.py").write_text("\n".join(lines) + "\n")
     return folder
 

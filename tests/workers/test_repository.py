@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from dulwich import porcelain
+from dulwich.object_store import iter_tree_contents
 
 from engine.errors import BadInput
 from workers.benchmarks.catalogue import load_benchmark
@@ -90,6 +91,27 @@ def test_what_cannot_be_is_one_sentence(repository, spec, sentence):
         load({"source": str(repository)} | spec)
     assert sentence in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_damaged_repository_is_one_sentence(repository):
+    """An index of which half is lost: neither a fault of ours nor a benchmark of half the files."""
+    index = repository / ".git" / "index"
+    index.write_bytes(index.read_bytes()[:40])
+    with pytest.raises(BadInput, match="cannot be read") as caught:
+        load({"source": str(repository)})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_clone_that_lacks_a_file_leaves_it_out(repository):
+    """Partial clones fetch contents when they are asked for; a benchmark asks nobody."""
+    git = porcelain.open_repo(str(repository))
+    twin = commit(repository, {"alone.py": CODE + "print(4)\n"})
+    tree = iter_tree_contents(git.object_store, git[twin.encode()].tree)
+    [id] = [entry.sha for entry in tree if b"alone" in entry.path]
+    (repository / ".git" / "objects" / id.decode()[:2] / id.decode()[2:]).unlink()
+    files = read_source(parse_benchmark({"source": str(repository), "revision": "HEAD"}))
+    assert "alone.py is left out: it cannot be read (this clone lacks its content)." in files.left_out
+    assert "src/a.py" in files.texts
 
 
 def test_a_revision_needs_a_repository(tmp_path):

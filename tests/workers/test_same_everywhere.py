@@ -16,7 +16,8 @@ from workers.benchmarks.sample import Benchmark
 from workers.benchmarks.spec import parse_benchmark
 
 FILES = {
-    "a.py": 'import os\n\n\ndef área(x):\n    """Ü."""\n    y = x * x\n    if y > 2:\n        return [y, "é"]\n    return None\n',
+    "a.py": 'import os\n\n\ndef área(x):\n    """Ü."""\n    y = x * x\n    if y > 2:\n        return [y, "é"]\n'
+    "    return None\n",
     "pkg/b.py": "\n".join(f"def f{i}(a, b={i}):\n    c = a + b\n    return c - {i}\n\n" for i in range(9)),
     "C.java": "class C {\n    int add(int a) {\n        int b = a + 1;\n        return b;\n    }\n}\n",
     "d.go": "package d\n\nfunc Add(a int) int {\n\treturn a + 1\n}\n",

@@ -178,8 +178,9 @@ def _at_revision(blobs: dict[str, Blob]) -> _Found:
         blob = blobs[name]
         if blob.is_link:
             raise _LeftOut(_LINK)
-        _check_size(blob.size)
-        return blob.read()
+        content = blob.read()
+        _check_size(len(content))
+        return content
 
     return _Found([name for name in blobs if _may_be_source(name)], read)
 

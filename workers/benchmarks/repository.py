@@ -3,6 +3,7 @@
 Read with dulwich rather than with the command: no hook and no setting that lies in a repository is ever executed.
 """
 
+import errno
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,57 +24,57 @@ class Blob:
         self._repository, self._id = repository, id
         self.is_link = stat.S_ISLNK(mode)
 
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return int(self._repository.object_store[self._id].raw_length())  # type: ignore[index]
-
     def read(self) -> bytes:
-        """All of it."""
-        return self._repository.object_store[self._id].as_raw_string()  # type: ignore[index]
+        """All of it. Raises `OSError` where a clone was made without it."""
+        try:
+            return self._repository.object_store[self._id].as_raw_string()  # type: ignore[index]
+        except KeyError:
+            raise OSError(errno.ENOENT, "this clone lacks its content") from None
 
 
 def tracked_files(folder: Path) -> list[str] | None:
     """Paths relative to the folder of what the repository around it tracks below it; None where there is none.
 
-    A folder of which nothing is tracked, such as one with installed packages, is none of the repository's.
+    A folder of which nothing is tracked, such as one with installed packages, is none of the repository's. Raises
+    `BadInput` where the repository is damaged.
     """
-    from dulwich.errors import NotGitRepository
     from dulwich.index import IndexEntry
 
-    try:
-        with _around(folder) as (repository, below):
-            entries = repository.open_index().iteritems() if repository.has_index() else iter(())
-            # a submodule is a repository of its own, a conflict has no one content
-            found = {
-                path
-                for path, entry in entries
-                if isinstance(entry, IndexEntry) and (stat.S_ISREG(entry.mode) or stat.S_ISLNK(entry.mode))
-            }
-            return _relative(found, below) or None
-    except (NotGitRepository, FileNotFoundError):
-        return None
+    with _around(folder) as found:
+        if found is None:
+            return None
+        repository, below = found
+        with _sound(repository):
+            entries = list(repository.open_index().iteritems()) if repository.has_index() else []
+        # a submodule is a repository of its own, a conflict has no one content
+        files = {
+            path
+            for path, entry in entries
+            if isinstance(entry, IndexEntry) and (stat.S_ISREG(entry.mode) or stat.S_ISLNK(entry.mode))
+        }
+        return _relative(files, below) or None
 
 
 @contextmanager
 def files_at(folder: Path, revision: str) -> Iterator[dict[str, Blob]]:
     """By path relative to the folder, what a revision has below it. Raises `BadInput`."""
-    from dulwich.errors import NotGitRepository
     from dulwich.object_store import iter_tree_contents
 
-    try:
-        with _around(folder) as (repository, below):
-            commit = _commit(repository, revision)
-            found = {}
-            for entry in iter_tree_contents(repository.object_store, commit.tree):
-                if entry.path is not None and entry.sha is not None and entry.mode and not _is_submodule(entry.mode):
-                    for name in _relative({entry.path}, below):
-                        found[name] = Blob(repository, entry.mode, entry.sha)
-            yield found
-    except NotGitRepository:
-        raise BadInput(
-            f"revision {revision!r}: {str(folder)!r} lies in no git repository; leave the field revision out."
-        ) from None
+    with _around(folder) as found:
+        if found is None:
+            raise BadInput(
+                f"revision {revision!r}: {str(folder)!r} lies in no git repository; leave the field revision out."
+            )
+        repository, below = found
+        commit = _commit(repository, revision)
+        with _sound(repository):
+            entries = list(iter_tree_contents(repository.object_store, commit.tree))
+        blobs = {}
+        for entry in entries:
+            if entry.path is not None and entry.sha is not None and entry.mode and not _is_submodule(entry.mode):
+                for name in _relative({entry.path}, below):
+                    blobs[name] = Blob(repository, entry.mode, entry.sha)
+        yield blobs
 
 
 def _is_submodule(mode: int) -> bool:
@@ -81,14 +82,38 @@ def _is_submodule(mode: int) -> bool:
 
 
 @contextmanager
-def _around(folder: Path) -> "Iterator[tuple[Repo, bytes]]":
-    """The repository that a folder lies in, and where in it, as its paths begin."""
-    from dulwich.repo import Repo
+def _around(folder: Path) -> "Iterator[tuple[Repo, bytes] | None]":
+    """The repository that a folder lies in, and where in it, as its paths begin; None where it lies in none."""
+    from dulwich.errors import NotGitRepository
+    from dulwich.repo import Repo, UnsupportedExtension, UnsupportedVersion
 
     here = folder.resolve()
-    with Repo.discover(str(here)) as repository:
+    try:
+        repository = Repo.discover(str(here))
+    except (NotGitRepository, FileNotFoundError):
+        yield None
+        return
+    except (UnsupportedExtension, UnsupportedVersion, ValueError) as error:
+        raise BadInput(
+            f"source {str(folder)!r}: its git repository is of a kind that is not read here ({error}); give a copy "
+            "of its files without `.git`."
+        ) from None
+    with repository:
         below = here.relative_to(Path(repository.path).resolve()).as_posix()
         yield repository, b"" if below == "." else below.encode() + b"/"
+
+
+@contextmanager
+def _sound(repository: "Repo") -> Iterator[None]:
+    """Whatever a damaged repository makes dulwich stumble over comes out as `BadInput`."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        raise BadInput(
+            f"source: the git repository {repository.path!r} cannot be read ({reason}); repair it, or give a copy of "
+            "its files without `.git`."
+        ) from None
 
 
 def _relative(paths: set[bytes], below: bytes) -> list[str]:
