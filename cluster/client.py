@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import tempfile
 import time
 import uuid
@@ -9,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, overload
-from urllib.parse import quote
 
 import httpx
 from pydantic import TypeAdapter
@@ -256,7 +256,11 @@ class Client(Service):
         return self._typed(list[Known], "GET", "/v1/benchmarks")
 
     def benchmark(self, name: str) -> ShownBenchmark:
-        return self._typed(ShownBenchmark, "GET", f"/v1/benchmarks/{quote(name, safe='')}")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name.endswith((".yaml", ".yml")):
+            raise BadInput(
+                f"benchmark {name!r}: a server shows those that it knows by name; ask for this one without it."
+            )
+        return self._typed(ShownBenchmark, "GET", f"/v1/benchmarks/{name}")
 
     def policies(self) -> list[KnownPolicy]:
         return self._typed(list[KnownPolicy], "GET", "/v1/policies")
