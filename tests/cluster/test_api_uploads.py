@@ -9,13 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from dulwich import porcelain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import Site
+from small_world import World
 
 from cluster.api.problems import Problem
 from cluster.api.uploads import keep
-from cluster.upload import packed_source
+from cluster.upload import packed_source, uploaded
 from engine.errors import BadInput
 from workers.benchmarks.spec import SourceBenchmark
 
@@ -184,3 +186,27 @@ def test_a_body_without_a_length_is_bounded_too(site: Site) -> None:
     for path, kind, size in (("/v1/uploads", "application/zip", 65 << 20), ("/v1/jobs", "application/json", 2 << 20)):
         answer = site.ask("POST", path, content=pieces(size)(), headers={"Content-Type": kind})
         assert answer.status_code == 413, answer.text
+
+
+def test_of_a_repository_what_is_asked_for_is_uploaded(world: World, tmp_path: Path) -> None:
+    """What git tracks, or what a revision had, as plain files: the server has no repository to look into."""
+    root = tmp_path / "project"
+    root.mkdir()
+    porcelain.init(str(root))
+    (root / "a.py").write_text("x = 1\ny = 2\n")
+    porcelain.add(str(root), [str(root / "a.py")])
+    porcelain.commit(str(root), message=b"one", author=b"A <a@b>", committer=b"A <a@b>")
+    (root / "a.py").write_text("x = 1\ny = 3\n")
+    (root / "draft.py").write_text("z = 1\n")
+    asked = [{"source": "project"}, {"source": "project", "revision": "HEAD", "task": "line-rest"}]
+    sent: list[dict[str, bytes]] = []
+
+    def send(packed: bytes) -> str:
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+            sent.append({name: archive.read(name) for name in archive.namelist()})
+        return f"upload:{len(sent)}"
+
+    spec = uploaded(world.spec(benchmarks=asked, model="smollm2-135m", exits=None, policies=["full"]), tmp_path, send)
+    assert sent == [{"project/a.py": b"x = 1\ny = 3\n"}, {"project/a.py": b"x = 1\ny = 2\n"}]
+    assert [one.source for one in spec.benchmarks] == ["upload:1/project", "upload:2/project"]
+    assert [one.revision for one in spec.benchmarks] == [None, None]

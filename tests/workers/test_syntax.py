@@ -117,6 +117,16 @@ def test_a_cut_never_lies_in_a_string_or_comment(tmp_path):
     assert cuts[-1] == 'y = call("two words", 3'
 
 
+def test_templates_are_code_and_template_strings_are_not():
+    """Names that grammars give to both: lines of a C++ template are cut, a JavaScript string over two lines is not."""
+    text = "template <typename T>\nT twice(T value) {\n    return value + value;\n}\n"
+    at = text.index("    return")
+    assert len(Code(text, "cpp").places(at, text.index("\n", at))) == 4
+    text = "const a = `one ${b}\ntwo three`;\n"
+    assert Code(text, "javascript").places(text.index("two"), len(text) - 1) == []
+    assert Code(text, "javascript").begins_in_string(text.index("two"))
+
+
 def test_infill_takes_lines_of_functions_only(tmp_path):
     """As HumanEval-infilling does: no imports, no heads, no docstrings."""
     benchmark = load(tmp_path, "python", task="single-line-infill")

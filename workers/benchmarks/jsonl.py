@@ -27,7 +27,8 @@ LONGEST_LINE = 8 << 20
 def jsonl_samples(spec: JsonlBenchmark) -> tuple[list[Sample], list[str]]:
     """A sample a line, blank lines passed over, and a sentence for each line that is left out. Raises `BadInput`."""
     path = Path(os.path.expanduser(spec.jsonl))
-    if path.suffix == ".gz" or (spec.records is None and spec.samples is None):
+    by_number = spec.samples is not None and spec.id is None and spec.group is None
+    if path.suffix == ".gz" or not (by_number or spec.records):
         return samples_of(spec, records_of(spec.jsonl))
     with _opened(spec.jsonl) as file:
         return samples_of(spec, JsonLines(spec.jsonl, file))

@@ -4,10 +4,11 @@ Places are counted in characters of the text, as everywhere else; tree-sitter co
 """
 
 import importlib
-from collections.abc import Iterator
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING
+from itertools import islice, takewhile
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -55,7 +56,7 @@ GRAMMARS = {
 }
 
 #: nothing is cut within these, whatever the language calls its strings and comments exactly
-_WHOLE = ("string", "comment", "template", "char_literal", "character_literal", "regex", "rune_literal", "heredoc")
+_WHOLE = ("string", "comment", "char_literal", "character_literal", "rune_literal", "regex", "heredoc", "nowdoc")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ class Body:
     end: int  #: behind its last character; the closing brace included
     first_line: int  #: of the text, counted from 0
     last_line: int
+
+
+class _Piece(NamedTuple):
+    start: int  #: in bytes
+    end: int
+    is_comment: bool
 
 
 def check_grammar(language: str, task: str) -> None:
@@ -100,31 +107,39 @@ class Code:
         None where the line begins within a string or a comment.
         """
         first, last = self._byte(start), self._byte(end)
-        pieces = list(self._pieces(self._tree.root_node, first, last))
-        if pieces and pieces[0].start_byte < first:
+        at = bisect_right(self._piece_ends, first)
+        if at < len(self._pieces) and self._pieces[at].start < first:
             return []
-        code = [piece for piece in pieces if "comment" not in piece.type]
-        return [self._character(piece.end_byte) for piece in code[:-1] if piece.end_byte < last]
+        pieces = takewhile(lambda piece: piece.start < last, islice(self._pieces, at, None))
+        ends = [piece.end for piece in pieces if not piece.is_comment]
+        return [self._character(place) for place in ends[:-1] if place < last]
 
     def begins_in_string(self, start: int) -> bool:
         """Whether a place, such as a line's first, lies within a string or a comment."""
-        at = self._byte(start)
-        node: Node | None = self._tree.root_node.descendant_for_byte_range(at, at)
-        while node is not None:
-            if _is_whole(node) and node.start_byte < at < node.end_byte:
-                return True
-            node = node.parent
-        return False
+        place = self._byte(start)
+        at = bisect_right(self._piece_ends, place)
+        return at < len(self._pieces) and self._pieces[at].start < place
 
-    def _pieces(self, node: "Node", first: int, last: int) -> "Iterator[Node]":
-        """Leaves, strings and comments that have a part between two bytes, in order."""
-        if not node.child_count or _is_whole(node):
-            if node.end_byte > node.start_byte:
-                yield node
-            return
-        for child in node.children:
-            if child.end_byte > first and child.start_byte < last:
-                yield from self._pieces(child, first, last)
+    @cached_property
+    def _pieces(self) -> list["_Piece"]:
+        """All of the text's code in order: strings and comments in one piece, everything else as small as it gets."""
+        found = []
+        cursor = self._tree.walk()
+        while True:
+            node = cursor.node
+            assert node is not None
+            is_whole = _is_whole(node.type)
+            if (is_whole or not node.child_count) and node.end_byte > node.start_byte:
+                found.append(_Piece(node.start_byte, node.end_byte, "comment" in node.type))
+            if not is_whole and cursor.goto_first_child():
+                continue
+            while not cursor.goto_next_sibling():
+                if not cursor.goto_parent():
+                    return found
+
+    @cached_property
+    def _piece_ends(self) -> list[int]:
+        return [piece.end for piece in self._pieces]
 
     def _body(self, node: "Node") -> Body | None:
         head = node.parent
@@ -169,8 +184,9 @@ def _is_docstring(node: "Node") -> bool:
     return inner.type == "string"
 
 
-def _is_whole(node: "Node") -> bool:
-    return any(word in node.type for word in _WHOLE) and node.type != "interpolated_string_expression_list"
+@cache
+def _is_whole(kind: str) -> bool:
+    return any(word in kind for word in _WHOLE)
 
 
 def _parsed(code: bytes, language: str) -> "Tree":

@@ -1,4 +1,4 @@
-"""What of a benchmark was found in a corpus."""
+"""What of a benchmark was found in a corpus, and a view of it."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -7,6 +7,14 @@ revision = "0012"
 down_revision = "0007"
 
 _ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+OVERLAP = """
+CREATE VIEW overlap AS
+SELECT s.id AS sample_id, b.name AS benchmark, s.position, s.name AS sample, o.corpus, o.shared, o.runs, o.found_in
+FROM overlapping_sample o
+  JOIN benchmark b ON b.id = o.benchmark_id
+  JOIN sample s ON s.benchmark_id = o.benchmark_id AND s.position = o.position
+"""
 
 
 def upgrade() -> None:
@@ -32,3 +40,4 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["benchmark_id"], ["benchmark.id"], name="fk_overlapping_sample_benchmark_id"),
         sa.PrimaryKeyConstraint("benchmark_id", "corpus", "position", name="pk_overlapping_sample"),
     )
+    op.execute(sa.text(OVERLAP))
