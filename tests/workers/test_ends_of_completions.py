@@ -38,6 +38,8 @@ JAVA = "class A {\n    int f(int a) {\n"
         ("function", PY, "    def g():\n        1\n    return g\nx", "    def g():\n        1\n    return g"),
         ("function", "class A:\n    def f(self):\n", "        1\n\n    def g(self):\n", "        1"),
         ("function", PY, "x = 1\n", ""),
+        ("function", PY, "    return 1\n    # more\n\n\n# about g\ndef g():\n", "    return 1"),
+        ("function", PY, "    a = 1\n# odd\n    return a\nx", "    a = 1\n# odd\n    return a"),
         ("function", PY, "\n\n    return 1\n\n\nx", "\n\n    return 1"),
     ],
 )
@@ -77,6 +79,17 @@ def test_java(ends, prompt, completion, expected):
         ("javascript", "statement", "", "a = {\n  b: 1,\n};\nc", "a = {\n  b: 1,\n};"),
         ("java", "statement", JAVA, "int[] a = new int[] {1,\n 2};\n", "int[] a = new int[] {1,\n 2};"),
         ("javascript", "statement", "", "a = b +\n  c\nd", "a = b +\n  c"),
+        ("javascript", "function", "all(x => {\n", "  if (x) {\n  }\n});\ny", "  if (x) {\n  }\n}"),
+        ("java", "function", "all(x -> {\n", "  if (x) {\n  }\n});\ny", "  if (x) {\n  }\n}"),
+        (
+            "java",
+            "function",
+            "int f() {\n switch (a) {\n case 1 -> {\n",
+            "}\n}\n return 1;\n}\ny",
+            "}\n}\n return 1;\n}",
+        ),
+        ("rust", "function", "fn f() {\n match a {\n Some(x) => {\n", "}\n}\n 1\n}\ny", "}\n}\n 1\n}"),
+        ("rust", "function", "fn f<I>(i: I) where I: Iterator<Item = u8> {\n", "  1\n}\ny", "  1\n}"),
         ("typescript", "function", "const f = (a: number): string => {\n", "  return a;\n}\nx", "  return a;\n}"),
         (
             "rust",

@@ -30,9 +30,17 @@ _BEFORE_VALUE = re.compile(r"(?:(?<![=<>!])=|[(,?:\[\]]|\breturn)\s*$")
 _UNFINISHED_LINE = re.compile(r"(?:\\|[-+*/%=&|^<>?:,.])\s*$")
 _DEF = re.compile(r"^([ \t]*)(?:async[ \t]+)?def\b", re.MULTILINE)
 #: before the brace of a function: a parameter list, and what may stand between it and the brace
-_HEAD = re.compile(r"\)\s*(?:(?:const|noexcept|override|final|throws|async|where|mut|->|=>|:)[^;{}]*)?$")
+_HEAD = re.compile(r"\)\s*(?:(?:const|noexcept|override|final|throws|async|where|mut|->|:)(?:(?!=>)[^;{}])*)?$")
+#: before that of a function without a name; in Rust and PHP the sign belongs to the arms of a match
+_ARROW = {
+    "javascript": re.compile(r"=>\s*$"),
+    "typescript": re.compile(r"=>\s*$"),
+    "csharp": re.compile(r"=>\s*$"),
+    "java": re.compile(r"->\s*$"),
+}
 _NO_FUNCTION = re.compile(
     r"(?:^|[\s;{}])(?:if|for|while|switch|catch|else|match|with|synchronized|using|lock)\b[^;{}]*$"
+    r"|\b(?:case|default)\b[^;{}]*->\s*$"
 )
 
 
@@ -121,7 +129,7 @@ def _end_of_function(prompt: str, text: str, language: str) -> int:
         heads = _DEF.findall(prompt)
         return _dedent(prompt, text, language, _width(heads[-1]) + 1 if heads else 1)
     braces = _open_braces(prompt, language)
-    heads = [place for place, brace in enumerate(braces, start=1) if _is_function(prompt[:brace])]
+    heads = [place for place, brace in enumerate(braces, start=1) if _is_function(prompt[:brace], language)]
     return _closing_brace(prompt, text, language, heads[-1] if heads else len(braces))
 
 
@@ -133,17 +141,23 @@ def _own_indentation(prompt: str, text: str) -> int:
 
 
 def _dedent(prompt: str, text: str, language: str, least: int) -> int:
-    """The end of the last line before the first one, behind the cut, that is indented less than `least`."""
-    fresh, last = False, None
+    """The end of the last line with code before the first one, behind the cut, that is indented less than `least`.
+
+    A comment between the two belongs to what follows.
+    """
+    fresh, has_code, last = False, False, None
     for sign in _signs(text, language, joined=True):
         if sign.what == "\n":
             fresh = sign.at >= len(prompt) - 1
-            last = sign.at if sign.at >= len(prompt) else last
-        elif fresh:
+            last = sign.at if has_code and sign.at >= len(prompt) else last
+            has_code = False
+            continue
+        if fresh:
             fresh = False
             start = text.rfind("\n", 0, sign.at) + 1
             if start >= len(prompt) and _width(text[start:]) < least:
                 return len(prompt) if last is None else last
+        has_code = True
     return len(text)
 
 
@@ -170,10 +184,12 @@ def _open_braces(prompt: str, language: str) -> list[int]:
     return found
 
 
-def _is_function(head: str) -> bool:
+def _is_function(head: str, language: str) -> bool:
     """Whether a brace behind this text opens the body of a function."""
-    statement = re.split(r"[;{}]", head[-400:])[-1]
-    return _HEAD.search(head[-400:]) is not None and _NO_FUNCTION.search(f" {statement}") is None
+    near = head[-400:]
+    statement = re.split(r"[;{}]", near)[-1]
+    arrow = language in _ARROW and _ARROW[language].search(near)
+    return bool(arrow or _HEAD.search(near)) and _NO_FUNCTION.search(f" {statement}") is None
 
 
 def _signs(text: str, language: str, *, joined: bool = False) -> Iterator[_Sign]:

@@ -13,7 +13,7 @@ from workers.benchmarks.files import SourceFiles
 from workers.benchmarks.lines import language_named, substantive_lines
 from workers.benchmarks.sample import Sample
 from workers.benchmarks.spec import SourceBenchmark
-from workers.benchmarks.syntax import Body, Code, check_grammar
+from workers.benchmarks.syntax import GRAMMARS, Body, Code, check_grammar
 
 #: a prompt has at most this many characters, and begins where a line begins
 LONGEST_PROMPT = 4_000
@@ -108,7 +108,7 @@ class _File:
 
     def sample(self, place: _Cut, ends: Ends) -> Sample | str:
         """What is cut there, or the reason why it is no sample."""
-        prompt = self.text[self._prompt_start(place.at) : place.at]
+        prompt = self.text[self._prompt_start(place.at, whole_lines_do=ends == "line") : place.at]
         most = LONGEST_REFERENCE + _BEHIND if place.end is None else place.end - place.at + _BEHIND
         rest = self.text[place.at : place.at + most]
         reference = cut(prompt, rest, ends, self.language)
@@ -120,9 +120,16 @@ class _File:
             return f"its reference has more than {LONGEST_REFERENCE:,} characters"
         return Sample(f"{self.name}:{place.name}", prompt, reference, self.language, self.name)
 
-    def _prompt_start(self, end: int) -> int:
+    def _prompt_start(self, end: int, *, whole_lines_do: bool) -> int:
+        """Where a line begins; and not in a string or comment, which an end that reads the prompt takes for code."""
         earliest = end - LONGEST_PROMPT
-        return self.text.find("\n", earliest - 1, end) + 1 or earliest if earliest > 0 else 0
+        if earliest <= 0:
+            return 0
+        start = self.text.find("\n", earliest - 1, end) + 1 or earliest
+        if whole_lines_do or self.language not in GRAMMARS:
+            return start
+        later = (one for one in self.starts if start <= one < end and not self.code.begins_in_string(one))
+        return next(later, start)
 
 
 # --- where each task cuts -----------------------------------------------------------------------------------
