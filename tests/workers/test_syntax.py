@@ -8,8 +8,10 @@ import pytest
 from engine.errors import BadInput
 from workers.benchmarks.catalogue import load_benchmark
 from workers.benchmarks.ends import cut
+from workers.benchmarks.files import read_source
 from workers.benchmarks.lines import LANGUAGES
 from workers.benchmarks.sample import Benchmark
+from workers.benchmarks.source import LONGEST_REFERENCE
 from workers.benchmarks.spec import parse_benchmark
 from workers.benchmarks.syntax import GRAMMARS, Code
 
@@ -125,6 +127,16 @@ def test_templates_are_code_and_template_strings_are_not():
     text = "const a = `one ${b}\ntwo three`;\n"
     assert Code(text, "javascript").places(text.index("two"), len(text) - 1) == []
     assert Code(text, "javascript").begins_in_string(text.index("two"))
+
+
+def test_grammar_and_rule_agree_on_real_code():
+    """Of the functions of a large module hardly any is left out because the text alone tells another end."""
+    spec = parse_benchmark({"source": "argparse", "task": "function-body", "samples": None})
+    [text] = read_source(spec).texts.values()
+    bodies = [body for body in Code(text, "python").bodies() if body.end - body.start < LONGEST_REFERENCE]
+    benchmark = load_benchmark(spec, tokenizer_of=lambda: pytest.fail("no tokenizer here"), max_new_tokens=10)
+    assert len(bodies) > 100
+    assert len(benchmark.samples) > 0.97 * len(bodies)
 
 
 def test_infill_takes_lines_of_functions_only(tmp_path):
