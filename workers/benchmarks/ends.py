@@ -23,6 +23,8 @@ ENDS: tuple[Ends, ...] = get_args(Ends)
 _BY_INDENTATION = frozenset({"python"})
 #: a statement ends where its line does, unless a semicolon ended it before
 _BY_LINE = frozenset({"python", "ruby", "go", "kotlin", "javascript", "typescript"})
+#: a line that begins with # is a statement
+_PREPROCESSED = frozenset({"c", "cpp", "csharp"})
 
 _PAIRS = {")": ("(",), "]": ("[",), "}": ("{", "block")}
 #: before a brace that begins a value: an object, an initialiser
@@ -110,11 +112,19 @@ def _closes_statement(text: str, sign: _Sign, opened: list[str], language: str) 
     if opened and opened[-1] != "block":
         return False
     if sign.what == "\n":
-        line = text[: sign.at].rsplit("\n", 1)[-1]
-        if language in _BY_INDENTATION:
+        line = _logical_line(text, sign.at)
+        if language in _BY_INDENTATION or (language in _PREPROCESSED and line.lstrip().startswith("#")):
             return not line.endswith("\\")
         return language in _BY_LINE and not _UNFINISHED_LINE.search(line)
     return sign.what == ";" or (sign.what == "{" and language not in _BY_INDENTATION)
+
+
+def _logical_line(text: str, end: int) -> str:
+    """The line that ends there, with those before it that a backslash joins to it."""
+    start = text.rfind("\n", 0, end) + 1
+    while start > 1 and text[start - 2] == "\\":
+        start = text.rfind("\n", 0, start - 1) + 1
+    return text[start:end]
 
 
 def _end_of_block(prompt: str, text: str, language: str) -> int:
