@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 CODE := cluster workers engine db tests shortstop.py
 
-.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring clean
+.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-benchmarks clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -43,6 +43,10 @@ bench-service: $(STAMP)
 
 bench-scoring: $(STAMP)
 	$(BIN)/python -m tests.bench.scoring
+
+# A file of 2 GB, which is removed again; smaller: BENCH_GB=0.2
+bench-benchmarks: $(STAMP)
+	$(BIN)/python -m tests.bench.benchmarks
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import tempfile
 import time
 import uuid
@@ -14,7 +15,7 @@ import httpx
 from pydantic import TypeAdapter
 
 from cluster.errors import NotAllowed, ServerError
-from cluster.known import Known, KnownPolicy
+from cluster.known import Known, KnownPolicy, ShownBenchmark
 from cluster.reports.model import JobReport
 from cluster.service import JobDetails, Retried, Service
 from cluster.spec import JobSpec, parse_job, read_job
@@ -253,6 +254,13 @@ class Client(Service):
 
     def benchmarks(self) -> list[Known]:
         return self._typed(list[Known], "GET", "/v1/benchmarks")
+
+    def benchmark(self, name: str) -> ShownBenchmark:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name.endswith((".yaml", ".yml")):
+            raise BadInput(
+                f"benchmark {name!r}: a server shows those that it knows by name; ask for this one without it."
+            )
+        return self._typed(ShownBenchmark, "GET", f"/v1/benchmarks/{name}")
 
     def policies(self) -> list[KnownPolicy]:
         return self._typed(list[KnownPolicy], "GET", "/v1/policies")

@@ -4,7 +4,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.known import Known, KnownPolicy, known_benchmarks, known_models, known_policies
+from cluster.known import (
+    Known,
+    KnownPolicy,
+    ShownBenchmark,
+    known_benchmarks,
+    known_models,
+    known_policies,
+    shown_benchmark,
+)
 from cluster.service import JobDetails, Retried, Service
 from cluster.settings import Settings
 from db.errors import Conflict, RecordError
@@ -149,6 +157,9 @@ class Local(Service):
 
     def benchmarks(self) -> Sequence[Known]:
         return known_benchmarks()
+
+    def benchmark(self, name: str) -> ShownBenchmark:
+        return shown_benchmark(name)
 
     def policies(self) -> Sequence[KnownPolicy]:
         return known_policies()

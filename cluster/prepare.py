@@ -174,6 +174,11 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         shard_batches=spec.shard_batches,
         metrics=versions,
         benchmarks={benchmark.name: benchmark.content_hash for benchmark in benchmarks},
+        withheld={
+            benchmark.content_hash: asked.model_dump(mode="json", exclude_defaults=True)
+            for asked, benchmark in zip(spec.benchmarks, benchmarks, strict=True)
+            if not benchmark.store_text
+        },
         versions=_package_versions(),
         git_revision=_git_revision(),
     )
@@ -258,14 +263,15 @@ def _check_differ(loaded: list[Benchmark]) -> None:
 
 
 def _planned(benchmark: Benchmark) -> PlannedBenchmark:
+    recorded = benchmark.recorded
     return PlannedBenchmark(
         name=benchmark.name,
         version=benchmark.version,
         content_hash=benchmark.content_hash,
         ends=benchmark.ends,
-        samples=[(one.name, one.prompt, one.reference, one.language, one.source_group) for one in benchmark.samples],
+        samples=[(one.name, one.prompt, one.reference, one.language, one.source_group) for one in recorded],
         left_out=benchmark.left_out,
-        tests=[one.test for one in benchmark.samples],
+        tests=[one.test for one in recorded],
     )
 
 

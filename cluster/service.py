@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from db.records import DeadTask, JobRow, JobState, Progress, RunRow
 
 if TYPE_CHECKING:
-    from cluster.known import Known, KnownPolicy
+    from cluster.known import Known, KnownPolicy, ShownBenchmark
     from cluster.prepare import Validation
     from cluster.reports.model import JobReport
     from cluster.spec import JobSpec
@@ -111,6 +111,10 @@ class Service(ABC):
 
     @abstractmethod
     def benchmarks(self) -> "Sequence[Known]": ...
+
+    @abstractmethod
+    def benchmark(self, name: str) -> "ShownBenchmark":
+        """One of these, with three of its samples."""
 
     @abstractmethod
     def policies(self) -> "Sequence[KnownPolicy]": ...

@@ -39,10 +39,12 @@ from db.tables import (
     artifact,
     benchmark,
     benchmark_name,
+    corpus_overlap,
     job,
     job_event,
     job_kernels,
     outcome,
+    overlapping_sample,
     rollup,
     run,
     sample,
@@ -229,6 +231,8 @@ def _remove_benchmarks(db: Database) -> tuple[int, int]:
             connection.execute(update(benchmark).where(benchmark.c.id == benchmark_id).values(mark))
     samples = 0
     for benchmark_id in unused:
+        for table in (overlapping_sample, corpus_overlap):
+            _remove(db, table, table.c.benchmark_id == benchmark_id)
         samples += _remove(db, sample, sample.c.benchmark_id == benchmark_id)
         _remove(db, benchmark, benchmark.c.id == benchmark_id)
     return len(unused), samples

@@ -124,6 +124,32 @@ sample = Table(
     UniqueConstraint("benchmark_id", "position"),
 )
 
+#: that a benchmark was looked for in a corpus
+corpus_overlap = Table(
+    "corpus_overlap",
+    metadata,
+    _refers("benchmark_id", "benchmark.id"),
+    Column("corpus", Text),
+    Column("texts", BigInteger, nullable=False),
+    Column("characters", BigInteger, nullable=False),
+    Column("judged", Integer, nullable=False),
+    Column("looked_at", Double, nullable=False),
+    PrimaryKeyConstraint("benchmark_id", "corpus"),
+)
+
+#: a sample that stands in a corpus in part
+overlapping_sample = Table(
+    "overlapping_sample",
+    metadata,
+    _refers("benchmark_id", "benchmark.id"),
+    Column("corpus", Text),
+    Column("position", Integer),
+    Column("shared", Integer, nullable=False),
+    Column("runs", Integer, nullable=False),
+    Column("found_in", Text, nullable=False),
+    PrimaryKeyConstraint("benchmark_id", "corpus", "position"),
+)
+
 artifact = Table(
     "artifact",
     metadata,

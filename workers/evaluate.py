@@ -9,12 +9,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from db.records import OutcomeRow, SampleRow, ScoreRow, ShardResults, TimingRow, TokenArrays
 from engine.errors import NumericalError, OutOfMemory
 from engine.memory import release
 from engine.record import Completion, Decoded, TokenRecords
 from engine.spec import PolicySpec
 from workers.benchmarks.ends import Ends, cut
+from workers.benchmarks.sample import text_hash
 from workers.scoring.metrics import score_text, score_tokens
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ class Evaluation:
     timed: bool  #: whether the worker is alone on its device
     #: called before each step that takes long; raises to give the batch up
     proceed: Callable[[], None] = lambda: None
+    store_text: bool = True  #: whether the record may have what was written, or its hash alone
 
     def together(self, batch: int, samples: Sequence[SampleRow]) -> ShardResults:
         """Evaluate a batch; in pieces where that fails: alone where the model does, halved where memory is too small.
@@ -217,7 +221,8 @@ class Evaluation:
         for run in self.missing:
             for sample, written, reference in zip(samples, endings[run.id], full, strict=True):
                 ending = self._up_to_its_end(sample, written)
-                outcomes.append(_outcome(run, sample, ending, isolated))
+                outcome = _outcome(run, sample, ending, isolated)
+                outcomes.append(outcome if self.store_text else _withheld(outcome, sample))
                 if isinstance(ending, Completion):
                     scores += self._scores(run, sample, ending, reference)
         return ShardResults(outcomes, scores, timings)
@@ -267,6 +272,18 @@ def _outcome(run: Run, sample: SampleRow, ending: Ending, isolated: bool) -> Out
         shown=not (ending.stopped and run.policy.on_stop == "suppress"),
         tokens=_arrays(ending.records),
         isolated=isolated,
+    )
+
+
+def _withheld(outcome: OutcomeRow, sample: SampleRow) -> OutcomeRow:
+    """The outcome without its text: the hash of it, and no token's id, for these would spell it out."""
+    if outcome.text is None or outcome.tokens is None:
+        return outcome
+    nothing = np.full_like(outcome.tokens.token_ids, -1)
+    return replace(
+        outcome,
+        text=text_hash(sample.prompt, outcome.text),
+        tokens=replace(outcome.tokens, token_ids=nothing),
     )
 
 

@@ -46,6 +46,8 @@ class Pinned(Spec):
     shard_batches: int
     metrics: dict[str, str]  #: name -> version; scoring a job again renews them, and nothing else here
     benchmarks: dict[str, str]  #: name -> content hash
+    #: content hash -> spec: the benchmarks whose texts the record does not have, and where a worker reads them again
+    withheld: dict[str, dict[str, Any]] = {}
     versions: dict[str, str]  #: package -> version
     git_revision: str | None = None
 

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,6 +29,7 @@ from workers.context import at_work
 from workers.evaluate import Evaluation, Run, joined
 from workers.holding import Holding, claim_shard_patiently, patiently
 from workers.pinned import EngineKey, Pinned
+from workers.rereading import Texts
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -97,6 +98,7 @@ class Worker:
         self._draining = threading.Event()
         self._forgotten: set[int] = set()
         self._engines = EngineShelf(db, self.cache)
+        self._texts = Texts()
         self._noted: set[tuple[int, str]] = set()  #: job and device class whose kernels are noted
         self._unfinished: set[int] = set()  #: jobs of which shards were committed, and which may have ended with them
         self._lease: Lease | None = None
@@ -211,6 +213,7 @@ class Worker:
                 raise Drained
 
         proceed()
+        shard = self._with_texts(shard)
         evaluation = self.evaluation(shard, proceed)
         for batch in range(lease.first_batch, lease.end_batch):
             self._batch = batch
@@ -228,6 +231,14 @@ class Worker:
             holding.progress(len(done))
             if holding.hungry:
                 return
+
+    def _with_texts(self, shard: ClaimedShard) -> ClaimedShard:
+        """The shard with the texts of its samples, also where the record has none. Raises `Unfit`."""
+        try:
+            pinned = Pinned.model_validate(shard.pinned)
+            return replace(shard, samples=self._texts.restored(shard.samples, shard.benchmark.content_hash, pinned))
+        except BadInput as error:
+            raise Unfit(str(error)) from error
 
     def evaluation(self, shard: ClaimedShard, proceed: Callable[[], None]) -> Evaluation:
         """How the batches of the shard are evaluated. Raises `Unfit`."""
@@ -253,6 +264,7 @@ class Worker:
             # Figures of another device class are never mixed with the job's own.
             timed=self.timed and engine.device_class == pinned.device_class,
             proceed=proceed,
+            store_text=shard.benchmark.content_hash not in pinned.withheld,
         )
 
     def _note_kernels(self, job_id: int, engine: "Engine") -> None:

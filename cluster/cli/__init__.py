@@ -97,6 +97,7 @@ benchmarks = typer.Typer(
 )
 benchmarks.callback()(catalogue.benchmarks)
 benchmarks.command()(catalogue.show)
+benchmarks.command()(catalogue.overlap)
 app.add_typer(benchmarks, name="benchmarks")
 
 keys = typer.Typer(help="Look after the API keys of a server's clients.", no_args_is_help=True)

@@ -121,6 +121,24 @@ class Example(Part):
     completions: list[ExampleCompletion]
 
 
+class Apart(Part):
+    """One policy's scores on the samples that stand in a corpus, and on the others."""
+
+    mark: str
+    policy: str
+    flagged: dict[str, Estimate]  #: by metric
+    others: dict[str, Estimate]
+
+
+class Overlapping(Part):
+    """What is known of a benchmark's overlap with corpora."""
+
+    corpora: list[str]  #: in which it was looked for
+    judged: int  #: samples of which something can be said: those with twelve tokens
+    flagged: int  #: samples that stand in any of the corpora, in part
+    runs: list[Apart]  #: none while the job is under way, or where no sample is flagged
+
+
 class BenchmarkReport(Part):
     """One benchmark under all policies of the job."""
 
@@ -129,6 +147,8 @@ class BenchmarkReport(Part):
     content_hash: str
     samples: int
     left_out: list[str]  #: a sentence for each input that was passed over
+    texts_kept: bool = True  #: False: the record has hashes for prompts, references and completions
+    overlap: Overlapping | None = None  #: None: nobody has looked
     runs: list[RunReport]
     examples: list[Example]
 

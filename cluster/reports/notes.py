@@ -10,6 +10,10 @@ PROXY = (
     "Accepted is an offline proxy: the share of completions whose first line equals the reference's. Nobody was asked."
 )
 
+TEXTS_WITHHELD = (
+    "The record keeps no text of this benchmark: prompts, references and completions are hashes, tokens have no ids."
+)
+
 
 @dataclass(frozen=True)
 class Note:
@@ -39,7 +43,8 @@ def benchmark_notes(benchmark: BenchmarkReport) -> list[Note]:
         _isolated(benchmark),
         _untimed(benchmark),
     ]
-    remarks = [_added(benchmark), _cut_prompts(benchmark), _hidden(benchmark), PROXY]
+    cautions.append(_overlap(benchmark))
+    remarks = [_added(benchmark), _cut_prompts(benchmark), _hidden(benchmark), _texts(benchmark), PROXY]
     notes = [Note("caution", text) for text in cautions if text] + [Note("remark", text) for text in remarks if text]
     return [*notes, *_left_out(benchmark)]
 
@@ -131,6 +136,21 @@ def _cut_prompts(benchmark: BenchmarkReport) -> str | None:
     if not most:
         return None
     return f"{_plural(most, 'prompt was', 'prompts were')} cut from the left to fit the model's context."
+
+
+def _overlap(benchmark: BenchmarkReport) -> str | None:
+    found = benchmark.overlap
+    if found is None:
+        return None
+    where = _listed(found.corpora)
+    if not found.flagged:
+        return f"None of its samples stands in {where}, by runs of twelve tokens."
+    share = f"{count(found.flagged)} of {count(benchmark.samples)} samples"
+    return f"{share} stand in {where} in part, by runs of twelve tokens; their scores are shown apart."
+
+
+def _texts(benchmark: BenchmarkReport) -> str | None:
+    return None if benchmark.texts_kept else TEXTS_WITHHELD
 
 
 def _left_out(benchmark: BenchmarkReport) -> list[Note]:

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.reports import formats
-from cluster.reports.model import BenchmarkReport, Estimate, JobReport, RunReport, is_slowdown
+from cluster.reports.model import BenchmarkReport, Estimate, JobReport, Overlapping, RunReport, is_slowdown
 from cluster.reports.notes import Note, benchmark_notes, headline, job_notes
 
 #: columns where the output is no terminal, so that a piped report reads the same everywhere
@@ -44,6 +44,7 @@ def _benchmark(benchmark: BenchmarkReport) -> list[RenderableType]:
     lines: list[RenderableType] = [name, Text(formats.printable(headline(benchmark)))]
     lines += [_speed_table(benchmark), _quality_table(benchmark)]
     lines += [_drafts_table(benchmark)] if benchmark.drafting else []
+    lines += [_overlap_table(benchmark.overlap)] if benchmark.overlap and benchmark.overlap.runs else []
     return [*lines, *map(_note, benchmark_notes(benchmark))]
 
 
@@ -94,6 +95,23 @@ def _drafts_table(benchmark: BenchmarkReport) -> Table:
     for run in benchmark.drafting:
         drafted, kept, share = run.summary.drafted, run.summary.drafts_kept, run.summary.drafts_kept_share
         table.add_row(_policy(run), formats.count(drafted), formats.count(kept), formats.percent(share))
+    return table
+
+
+def _overlap_table(overlap: Overlapping) -> Table:
+    """Each metric on the samples that stand in a corpus, and under it on the others."""
+    table = _table("Overlap")
+    names = list(overlap.runs[0].others)
+    for name in ("Samples", *names):
+        table.add_column(name, justify="right")
+    for run in overlap.runs:
+        for title, scores in (("in the corpus", run.flagged), ("others", run.others)):
+            cells = [
+                _two_lines(formats.score(one.value), formats.score_interval(one))
+                for one in map(scores.get, names)
+                if one
+            ]
+            table.add_row(Text(formats.printable(run.policy)), title, *cells)
     return table
 
 
