@@ -300,6 +300,23 @@ job_kernels = Table(
     PrimaryKeyConstraint("job_id", "device_class"),
 )
 
+#: two runs of the same spec, and by how much they differed in speed: kept when the runs themselves are gone
+noise_pair = Table(
+    "noise_pair",
+    metadata,
+    Column("run_a", Id),
+    Column("run_b", Id),
+    Column("device_class", Text),
+    Column("content_hash", Text, nullable=False),
+    Column("policy", Text, nullable=False),
+    # logarithms of A's time over B's: of a token, of a request
+    Column("log_token", Double, nullable=False),
+    Column("log_request", Double, nullable=False),
+    Column("measured_at", Double, nullable=False),
+    PrimaryKeyConstraint("run_a", "run_b", "device_class"),
+    Index("ix_noise_pair_content_hash", "content_hash", "policy", "device_class"),
+)
+
 #: what lets a client in; the secret itself is known to its owner only
 api_key = Table(
     "api_key",

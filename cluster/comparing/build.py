@@ -1,0 +1,439 @@
+"""Comparing two sides: every pair of runs that belong together, sample by sample and batch by batch."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.comparing.model import (
+    Agreement,
+    Changed,
+    Comparison,
+    Difference,
+    Flip,
+    Flips,
+    Floor,
+    McNemar,
+    Moved,
+    PairComparison,
+)
+from cluster.comparing.noise import floors, spec_of
+from cluster.comparing.sides import Asked, against_full, matched, resolve
+from cluster.reports.model import Estimate
+from db.errors import BadInput
+from db.jobs import benchmark as benchmark_of
+from db.jobs import runs as runs_of
+from db.pairs import PairedBatches, PairedOutcome, paired_batches, paired_outcomes, scores_of
+from db.records import JobRow, RunRow
+from db.session import Database
+from engine.registry import unknown
+from workers import differences as how_sure
+from workers.differences import Clusters, Interval
+from workers.scoring.tokens import first_divergence, token_agreement
+
+#: metrics that hold a completion against full depth of its own job: of two jobs they say nothing
+_AGAINST_FULL = ("token_agreement", "exact_agreement", "first_divergence")
+#: of each list of samples that changed
+LISTED = 50
+#: of two policies of one job: they were timed in turns, and what disturbs a machine disturbs both
+_IN_TURNS = Floor(pairs=0, share=0.0)
+#: provenance that a comparison tells of where the sides differ
+_TOLD = (
+    "model", "weights_hash", "tokenizer_hash", "exits", "exits_hash", "dtype", "threads", "device_class",
+    "batch_size", "max_new_tokens", "seed", "compile", "git_revision",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples that both runs completed; one place each, in the benchmark's order."""
+
+    sample_id: npt.NDArray[np.int64]
+    name: npt.NDArray[np.object_]
+    source_group: npt.NDArray[np.object_]
+    position: npt.NDArray[np.int64]
+    agreement: npt.NDArray[np.float64]  #: share of B's tokens that stand at their place in A's
+    divergence: npt.NDArray[np.int64]  #: index of the first token that differs; -1 where none does
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The samples that ended under both runs, and which of them with an error."""
+
+    source_group: npt.NDArray[np.object_]
+    failed_a: npt.NDArray[np.bool_]
+    failed_b: npt.NDArray[np.bool_]
+    unpaired: int  #: samples that ended under one of them only
+
+
+def compare(
+    db: Database,
+    a: Asked,
+    b: Asked | None = None,
+    *,
+    confidence: float = 0.95,
+    metrics: Sequence[str] | None = None,
+    levels: Collection[str] = (),
+    fresh_from: dict[int, int] | None = None,
+) -> Comparison:
+    """Hold B against A; a job alone: each of its policies against its `full`.
+
+    confidence: of the intervals, two-sided. metrics: only these; all that both sides have when absent. levels: those
+    of which B's own figure is wanted as well. fresh_from: by benchmark id another one whose samples are left out.
+    Raises `BadInput` (of engine or db) where the two cannot be compared, and `Missing`.
+    """
+    side_a = resolve(db, a)
+    side_b = side_a if b is None else resolve(db, b)
+    together = against_full(side_a) if b is None else matched(side_a, side_b)
+    wanted = Wanted(confidence, metrics, levels, fresh_from or {})
+    pairs = [_pair(db, one, other, side_a.job, side_b.job, wanted) for one, other in together.pairs]
+    if metrics is not None:
+        _check_known(metrics, pairs)
+    return Comparison(
+        a=side_a.side,
+        b=side_b.side,
+        confidence=confidence,
+        pairs=_with_holm(pairs),
+        changed=changed(side_a.job, side_b.job),
+        notes=together.notes,
+    )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a comparison is asked for."""
+
+    confidence: float
+    metrics: Sequence[str] | None
+    levels: Collection[str]
+    fresh_from: dict[int, int]
+
+    def has(self, metric: str) -> bool:
+        return self.metrics is None or metric in self.metrics
+
+    def estimate(self, figure: how_sure.Figure, sums: Sequence[npt.NDArray[Any]]) -> Interval:
+        return how_sure.interval(figure, sums, self.confidence)
+
+
+def changed(a: JobRow, b: JobRow) -> list[Changed]:
+    """In which parts of their provenance two jobs differ: model, exits, settings, versions."""
+    before, after = a.pinned or {}, b.pinned or {}
+    found = [Changed(what=n, a=before.get(n), b=after.get(n)) for n in _TOLD if before.get(n) != after.get(n)]
+    for kind, title in (("versions", "package"), ("metrics", "metric")):
+        old, new = before.get(kind, {}), after.get(kind, {})
+        names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        found += [Changed(what=f"{title} {name}", a=old.get(name), b=new.get(name)) for name in names]
+    return found
+
+
+def _check_known(metrics: Sequence[str], pairs: Sequence[PairComparison]) -> None:
+    known = sorted({one.metric for pair in pairs for one in pair.differences})
+    for metric in metrics:
+        if metric not in known and not metric.startswith("speedup_"):
+            raise BadInput(f"{unknown('metric', metric, known)} `shortstop rescore` adds a metric to a job.")
+
+
+def _pair(db: Database, a: RunRow, b: RunRow, job_a: JobRow, job_b: JobRow, wanted: Wanted) -> PairComparison:
+    content = benchmark_of(db, a.benchmark_id)
+    pinned_a, pinned_b = job_a.pinned or {}, job_b.pinned or {}
+    notes: list[str] = []
+    ended, samples = _read_outcomes(paired_outcomes(db, a, b, fresh_from=wanted.fresh_from.get(a.benchmark_id)))
+    scores_a, scores_b = (
+        {name: column[samples.position] for name, column in scores_of(db, one).items()} for one in (a, b)
+    )
+    clusters = Clusters(samples.source_group)
+    found, moved_metric = [], None
+    for metric in _shared_metrics(job_a, job_b, scores_a, scores_b, notes):
+        if wanted.has(metric):
+            version = pinned_b["metrics"].get(metric)
+            found.append(_quality(metric, version, clusters, scores_a[metric], scores_b[metric], wanted))
+    if wanted.has("errors"):
+        found.append(_quality("errors", None, Clusters(ended.source_group), ended.failed_a, ended.failed_b, wanted))
+    found += _speeds(db, a, b, pinned_a, pinned_b, content.content_hash, wanted, notes)
+    same_spec = spec_of(a, pinned_a) == spec_of(b, pinned_b)
+    agreement = _agreement(samples)
+    if same_spec and agreement.diverging:
+        notes.append(
+            f"The same spec wrote other tokens for {agreement.diverging:,} samples; on one device class that must not "
+            "be: was it another one?"
+        )
+    moved_metric = next((name for name in ("rouge_l", "es", *scores_a) if name in scores_a and name in scores_b), None)
+    binary = [one.metric for one in found if one.mcnemar is not None and one.metric != "errors"]
+    return PairComparison(
+        benchmark=b.benchmark,
+        content_hash=content.content_hash,
+        benchmark_id=a.benchmark_id,
+        job_a=a.job_id,
+        job_b=b.job_id,
+        run_a=a.id,
+        run_b=b.id,
+        policy_a=a.policy,
+        policy_b=b.policy,
+        same_spec=same_spec,
+        samples=len(ended.failed_a),
+        unpaired=ended.unpaired,
+        errors_a=int(ended.failed_a.sum()),
+        errors_b=int(ended.failed_b.sum()),
+        agreement=agreement,
+        differences=found,
+        levels=_levels(db, b, pinned_b, clusters, scores_b, wanted),
+        flips=[_flips(metric, samples, scores_a[metric], scores_b[metric]) for metric in binary],
+        moved=[] if moved_metric is None else _moved(samples, scores_a[moved_metric], scores_b[moved_metric]),
+        moved_metric=moved_metric,
+        notes=notes,
+    )
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read_outcomes(rows: Any) -> tuple[Ended, Samples]:
+    both: list[tuple[str, bool, bool]] = []
+    kept: list[tuple[int, str, str, int, float, int]] = []
+    unpaired = 0
+    for row in rows:
+        if row.failed_a is None or row.failed_b is None:
+            unpaired += 1
+            continue
+        both.append((row.source_group, row.failed_a, row.failed_b))
+        if not (row.failed_a or row.failed_b):
+            kept.append((row.sample_id, row.name, row.source_group, row.position, *_tokens(row)))
+    return Ended(*_columns(both, (object, bool, bool)), unpaired), Samples(
+        *_columns(kept, (np.int64, object, object, np.int64, np.float64, np.int64))
+    )
+
+
+def _tokens(row: PairedOutcome) -> tuple[float, int]:
+    """How far B's tokens are A's, and where they part."""
+    if row.is_same:
+        return 1.0, -1
+    a, b = row.ids_a or [], row.ids_b or []
+    return token_agreement(b, a), int(first_divergence(b, a))
+
+
+def _columns(rows: list[Any], kinds: Sequence[Any]) -> list[npt.NDArray[Any]]:
+    return [np.array([row[place] for row in rows], kind) for place, kind in enumerate(kinds)]
+
+
+def _shared_metrics(
+    a: JobRow, b: JobRow, scores_a: dict[str, Any], scores_b: dict[str, Any], notes: list[str]
+) -> list[str]:
+    """Metrics of one version that both have, and a note of each that is left out."""
+    old, new = (a.pinned or {}).get("metrics", {}), (b.pinned or {}).get("metrics", {})
+    shared = []
+    for metric in sorted(scores_a.keys() & scores_b.keys()):
+        if metric in _AGAINST_FULL:
+            continue
+        if old.get(metric) != new.get(metric):
+            notes.append(
+                f"{metric} is left out: {old.get(metric)} in job {a.id}, {new.get(metric)} in job {b.id}; "
+                "`shortstop rescore` renews the scores of a job."
+            )
+            continue
+        shared.append(metric)
+    return shared
+
+
+# --- quality ----------------------------------------------------------------------------------------------------------
+
+
+def _quality(metric: str, version: str | None, clusters: Clusters, a: Any, b: Any, wanted: Wanted) -> Difference:
+    """A metric over the samples that have it under both; clusters: of all places of a and b."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    known = ~(np.isnan(a) | np.isnan(b))
+    old, new, count = clusters.sums(np.where(known, a, 0), np.where(known, b, 0), known)
+    units = int(known.sum())
+    more_is_better = metric != "errors"
+    sums = [old, count, new, count]
+    keep = count > 0
+    sums = [column[keep] for column in sums]
+    change = wanted.estimate(how_sure.mean_change, sums)
+    relative = wanted.estimate(how_sure.relative_change, [sums[0], sums[2]])
+    # towards better: errors count the other way round
+    sides = (sums[:2], sums[2:]) if more_is_better else (sums[2:], sums[:2])
+    odds = how_sure.chance(how_sure.mean_change, *sides)
+    binary = bool(units) and np.isin(a[known], (0, 1)).all() and np.isin(b[known], (0, 1)).all()
+    return Difference(
+        metric=metric,
+        kind="quality",
+        version=version,
+        more_is_better=more_is_better,
+        a=float(a[known].mean()) if units else None,
+        b=float(b[known].mean()) if units else None,
+        change=_estimate(change),
+        relative=_estimate(relative),
+        p_value=odds.two_sided,
+        p_worse=odds.worse,
+        mcnemar=_mcnemar(a[known], b[known]) if binary else None,
+        detectable=how_sure.detectable(change.error),
+        detectable_relative=how_sure.detectable(relative.error),
+        units=units,
+        groups=int(keep.sum()) if clusters.groups <= clusters.n else clusters.groups,
+    )
+
+
+def _mcnemar(a: Any, b: Any) -> McNemar:
+    lost, gained = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    return McNemar(lost=lost, gained=gained, p_value=how_sure.mcnemar(lost, gained))
+
+
+def _flips(metric: str, samples: Samples, a: Any, b: Any) -> Flips:
+    lost, gained = np.flatnonzero((a == 1) & (b == 0)), np.flatnonzero((a == 0) & (b == 1))
+    return Flips(
+        metric=metric,
+        n_lost=len(lost),
+        n_gained=len(gained),
+        lost=[Flip(**_named(samples, at)) for at in lost[:LISTED]],
+        gained=[Flip(**_named(samples, at)) for at in gained[:LISTED]],
+    )
+
+
+def _moved(samples: Samples, a: Any, b: Any) -> list[Moved]:
+    """The samples that lost most, then those that gained most, each most first."""
+    change = np.nan_to_num(b - a)
+    order = np.argsort(change, kind="stable")
+    lost = [at for at in order[: LISTED // 2] if change[at] < 0]
+    gained = [at for at in order[::-1][: LISTED // 2] if change[at] > 0]
+    return [Moved(**_named(samples, at), a=float(a[at]), b=float(b[at])) for at in [*lost, *gained]]
+
+
+def _named(samples: Samples, at: int) -> dict[str, Any]:
+    return {
+        "sample_id": int(samples.sample_id[at]),
+        "sample": samples.name[at],
+        "source_group": samples.source_group[at],
+    }
+
+
+def _agreement(samples: Samples) -> Agreement:
+    n = len(samples.position)
+    places = samples.divergence[samples.divergence >= 0]
+    return Agreement(
+        exact=float((samples.divergence < 0).mean()) if n else None,
+        tokens=float(samples.agreement.mean()) if n else None,
+        diverging=len(places),
+        median_divergence=float(np.median(places)) if len(places) else None,
+        first_divergence={str(place): count for place, count in sorted(Counter(places.tolist()).items())},
+    )
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def _speeds(
+    db: Database,
+    a: RunRow,
+    b: RunRow,
+    pinned_a: dict[str, Any],
+    pinned_b: dict[str, Any],
+    content_hash: str,
+    wanted: Wanted,
+    notes: list[str],
+) -> list[Difference]:
+    names = [name for name in ("speedup_token", "speedup_request") if wanted.has(name)]
+    if not names or wanted.fresh_from:
+        return []
+    if pinned_a["batch_size"] != pinned_b["batch_size"]:
+        notes.append(
+            f"Speed is left out: batches of {pinned_a['batch_size']} in job {a.job_id} and of {pinned_b['batch_size']} "
+            f"in job {b.job_id} take their time in other ways."
+        )
+        return []
+    batches = paired_batches(db, a, b, pinned_a["batch_size"])
+    if not len(batches):
+        notes.append("Speed is left out: there is no batch that both timed on the same device class.")
+        return []
+    known = None if a.job_id == b.job_id else floors(db, content_hash, a, b)
+    found = []
+    for device_class in sorted(set(batches.device_class.tolist())):
+        for name in names:
+            speed = _speed(name, device_class, batches, wanted)
+            floor = _IN_TURNS if known is None else known.of(name, device_class)
+            found.append(speed.model_copy(update={"floor": floor}))
+    return found
+
+
+def _speed(name: str, device_class: str, batches: PairedBatches, wanted: Wanted) -> Difference:
+    mine = batches.device_class == device_class
+    columns, clusters = _speed_columns(name, batches, mine), Clusters(batches.source_group[mine])
+    sums = clusters.sums(*columns)
+    gain = wanted.estimate(how_sure.speed_gain, sums)
+    odds = how_sure.chance(how_sure.log_speed, sums[:2], sums[2:])
+    time_a, units_a, time_b, units_b = (float(column.sum()) for column in sums)
+    return Difference(
+        metric=name,
+        kind="speed",
+        device_class=device_class,
+        a=time_a / units_a / 1e6 if units_a else None,
+        b=time_b / units_b / 1e6 if units_b else None,
+        relative=_estimate(gain),
+        p_value=odds.two_sided,
+        p_worse=odds.worse,
+        detectable_relative=how_sure.detectable(gain.error),
+        units=int(mine.sum()),
+        groups=clusters.groups,
+    )
+
+
+def _speed_columns(name: str, batches: PairedBatches, mine: Any) -> list[Any]:
+    """Time and units of A, then of B."""
+    if name == "speedup_token":
+        columns = [batches.decode_a, batches.tokens_a, batches.decode_b, batches.tokens_b]
+    else:
+        one = np.ones(len(batches))
+        columns = [batches.prefill_a + batches.decode_a, one, batches.prefill_b + batches.decode_b, one]
+    return [column[mine] for column in columns]
+
+
+# --- levels -----------------------------------------------------------------------------------------------------------
+
+
+def _levels(
+    db: Database, b: RunRow, pinned: dict[str, Any], clusters: Clusters, scores: dict[str, Any], wanted: Wanted
+) -> dict[str, Estimate]:
+    """What B alone comes to; speed: over `full` of its own job, on the device class with most batches."""
+    found = {}
+    for name in wanted.levels:
+        if name in scores:
+            known = ~np.isnan(scores[name])
+            sums = clusters.sums(np.where(known, scores[name], 0), known)
+            level = wanted.estimate(_mean, [column[sums[1] > 0] for column in sums])
+            found[name] = _estimate(level)
+        elif name.startswith("speedup_"):
+            found |= _speed_level(db, b, pinned, name, wanted)
+    return found
+
+
+def _mean(total: Any, count: Any, *, axis: int) -> Any:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return total.sum(axis) / count.sum(axis)
+
+
+def _speed_level(db: Database, b: RunRow, pinned: dict[str, Any], name: str, wanted: Wanted) -> dict[str, Estimate]:
+    same = [one for one in runs_of(db, b.job_id) if one.benchmark_id == b.benchmark_id and one.policy_kind == "full"]
+    if not same or same[0].id == b.id:
+        return {}
+    batches = paired_batches(db, same[0], b, pinned["batch_size"])
+    if not len(batches):
+        return {}
+    names, counts = np.unique(batches.device_class.astype(str), return_counts=True)
+    gain = _speed(name, str(names[counts.argmax()]), batches, wanted).relative
+    return {name: Estimate(**{end: None if of is None else of + 1 for end, of in gain})}
+
+
+def _estimate(found: Interval) -> Estimate:
+    return Estimate(value=found.value, low=found.low, high=found.high)
+
+
+def _with_holm(pairs: list[PairComparison]) -> list[PairComparison]:
+    """Every difference with its p-value corrected for all of them."""
+    corrected = iter(how_sure.holm([one.p_value or 0.0 for pair in pairs for one in pair.differences]))
+    return [
+        pair.model_copy(
+            update={"differences": [one.model_copy(update={"p_holm": next(corrected)}) for one in pair.differences]}
+        )
+        for pair in pairs
+    ]
