@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, overload
 import httpx
 from pydantic import TypeAdapter
 
+from cluster.comparing.model import Comparison
 from cluster.errors import NotAllowed, ServerError
 from cluster.known import Known, KnownPolicy
 from cluster.reports.model import JobReport
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+    from cluster.gates import Gate, Verdict
     from cluster.prepare import Validation
 
 T = TypeVar("T")
@@ -91,6 +93,13 @@ class Client(Service):
         body = uploaded(asked, folder, self.upload).dump()
         return self._typed(Validation, "POST", "/v1/validate", json=body, again=True, timeout=_LONG)
 
+    def done_before(self, spec: JobSpec | dict[str, Any] | str | Path, folder: Path | None = None) -> int | None:
+        """As `Service.done_before`; spec as in `submit`."""
+        asked, folder = _read(spec, folder)
+        body = uploaded(asked, folder, self.upload).dump()
+        answer = self._json("POST", "/v1/done-before", json=body, again=True, timeout=_LONG)
+        return None if answer["job"] is None else int(answer["job"])
+
     def upload(self, archive: bytes) -> str:
         """Upload a zip archive. Returns how specs name it: `upload:ID`, then `/` and a path in it."""
         headers = {"Content-Type": "application/zip"}
@@ -134,6 +143,28 @@ class Client(Service):
         """As `Service.report`."""
         params = {"tokens": with_tokens}
         return self._typed(JobReport, "GET", f"/v1/jobs/{job_id}/report", params=params, timeout=_LONG)
+
+    def compare(
+        self,
+        a: str,
+        b: str | None = None,
+        *,
+        confidence: float = 0.95,
+        metrics: Sequence[str] | None = None,
+        levels: Sequence[str] = (),
+        without: int | None = None,
+    ) -> Comparison:
+        """As `Service.compare`."""
+        asked = {"a": a, "b": b, "confidence": confidence, "metric": metrics, "level": levels, "without": without}
+        params = {name: value for name, value in asked.items() if value is not None}
+        return self._typed(Comparison, "GET", "/v1/compare", params=params, timeout=_LONG)
+
+    def judge(self, gate: "Gate", a: str, b: str | None = None) -> "Verdict":
+        """As `Service.judge`."""
+        from cluster.gates import Verdict
+
+        body = {"gate": gate.model_dump(mode="json"), "a": a, "b": b}
+        return self._typed(Verdict, "POST", "/v1/gate", json=body, again=True, timeout=_LONG)
 
     # --- watching ----------------------------------------------------------------------------------------------------
 

@@ -158,16 +158,18 @@ def decide(gate: Gate, comparison: Comparison) -> Verdict:
         _level_verdict(one, gate) if one.rule.max_loss is None else _loss_verdict(one, gate, next(corrected))
         for one in judged
     ]
+    return concluded(gate, rules, comparison.a.job_id, comparison.b.job_id)
+
+
+def concluded(gate: Gate, rules: list[RuleVerdict], job_a: int, job_b: int, confirmation: str | None = None) -> Verdict:
+    """The verdict that these rules come to."""
     order = [Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.PASS]
     rules = sorted(rules, key=lambda one: order.index(one.outcome))
-    outcome = rules[0].outcome
-    sentence = _summary(rules)
+    outcome, sentence = rules[0].outcome, _summary(rules)
     if outcome is Outcome.INCONCLUSIVE and gate.on_inconclusive != "inconclusive":
         outcome = Outcome(gate.on_inconclusive)
         sentence += f" The gate counts that as {outcome}."
-    return Verdict(
-        outcome=outcome, sentence=sentence, rules=rules, job_a=comparison.a.job_id, job_b=comparison.b.job_id
-    )
+    return Verdict(outcome=outcome, sentence=sentence, rules=rules, job_a=job_a, job_b=job_b, confirmation=confirmation)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Two runs on one benchmark side by side: what they wrote, how it scored, how long it took."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import and_, or_, select
+from sqlalchemy import ColumnElement, and_, or_, select
 
 from db.errors import Missing
 from db.records import RunRow
@@ -59,13 +60,10 @@ def run_of(db: Database, run_id: int) -> RunRow:
     return RunRow(*row)
 
 
-def paired_outcomes(db: Database, a: RunRow, b: RunRow, *, fresh_from: int | None = None) -> Iterator[PairedOutcome]:
-    """Every sample that ended under one of the runs, in the benchmark's order; streamed in one transaction.
-
-    fresh_from: leave out the samples whose prompt and reference this other benchmark has as well.
-    """
+def paired_outcomes(db: Database, a: RunRow, b: RunRow) -> Iterator[PairedOutcome]:
+    """Every sample that ended under one of the runs, in the benchmark's order; streamed in one transaction."""
     of_a, of_b = outcome.alias("of_a"), outcome.alias("of_b")
-    columns = [sample.c.position, sample.c.id, sample.c.name, sample.c.source_group]
+    columns: list[ColumnElement[Any]] = [sample.c.position, sample.c.id, sample.c.name, sample.c.source_group]
     columns += [of_a.c.id, of_b.c.id, of_a.c.error.is_not(None), of_b.c.error.is_not(None)]
     chosen = (
         select(*columns, ids_selection(db.dialect, "of_a"), ids_selection(db.dialect, "of_b"))
@@ -74,14 +72,6 @@ def paired_outcomes(db: Database, a: RunRow, b: RunRow, *, fresh_from: int | Non
         .outerjoin(of_b, and_(of_b.c.sample_id == sample.c.id, of_b.c.run_id == b.id))
         .where(sample.c.benchmark_id == a.benchmark_id, or_(of_a.c.id.is_not(None), of_b.c.id.is_not(None)))
     )
-    if fresh_from is not None:
-        seen = sample.alias("seen")
-        is_seen = and_(
-            seen.c.benchmark_id == fresh_from,
-            seen.c.prompt == sample.c.prompt,
-            seen.c.reference == sample.c.reference,
-        )
-        chosen = chosen.where(~select(seen.c.id).where(is_seen).exists())
     with db.read() as connection:
         rows = connection.execute(chosen.order_by(sample.c.position), execution_options=_IN_PIECES)
         for position, sample_id, name, group, id_a, id_b, failed_a, failed_b, kept_a, kept_b in rows:
@@ -99,6 +89,21 @@ def paired_outcomes(db: Database, a: RunRow, b: RunRow, *, fresh_from: int | Non
                 ids_b,
                 is_same or (ids_a is not None and ids_a == ids_b),
             )
+
+
+def positions_seen(db: Database, benchmark_id: int, job_id: int) -> set[int]:
+    """Positions of the samples whose prompt and reference a benchmark of this job has as well."""
+    theirs = select(run.c.benchmark_id).where(run.c.job_id == job_id)
+    texts = select(sample.c.position, sample.c.prompt, sample.c.reference)
+    with db.read() as connection:
+        seen_texts = texts.where(sample.c.benchmark_id.in_(theirs))
+        seen = {_digest(row) for row in connection.execute(seen_texts, execution_options=_IN_PIECES)}
+        mine = connection.execute(texts.where(sample.c.benchmark_id == benchmark_id), execution_options=_IN_PIECES)
+        return {row.position for row in mine if _digest(row) in seen}
+
+
+def _digest(row: Any) -> bytes:
+    return hashlib.blake2b(f"{len(row.prompt)} {row.prompt}{row.reference}".encode(), digest_size=16).digest()
 
 
 def scores_of(db: Database, one: RunRow) -> dict[str, npt.NDArray[np.float64]]:

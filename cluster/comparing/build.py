@@ -26,12 +26,13 @@ from cluster.reports.model import Estimate
 from db.errors import BadInput
 from db.jobs import benchmark as benchmark_of
 from db.jobs import runs as runs_of
-from db.pairs import PairedBatches, PairedOutcome, paired_batches, paired_outcomes, scores_of
+from db.pairs import PairedBatches, PairedOutcome, paired_batches, paired_outcomes, positions_seen, scores_of
 from db.records import JobRow, RunRow
 from db.session import Database
 from engine.registry import unknown
 from workers import differences as how_sure
 from workers.differences import Clusters, Interval
+from workers.estimates import Figure
 from workers.scoring.tokens import first_divergence, token_agreement
 
 #: metrics that hold a completion against full depth of its own job: of two jobs they say nothing
@@ -77,18 +78,18 @@ def compare(
     confidence: float = 0.95,
     metrics: Sequence[str] | None = None,
     levels: Collection[str] = (),
-    fresh_from: dict[int, int] | None = None,
+    without: int | None = None,
 ) -> Comparison:
     """Hold B against A; a job alone: each of its policies against its `full`.
 
     confidence: of the intervals, two-sided. metrics: only these; all that both sides have when absent. levels: those
-    of which B's own figure is wanted as well. fresh_from: by benchmark id another one whose samples are left out.
+    of which B's own figure is wanted as well. without: leave out the samples that this job had, and with them speed.
     Raises `BadInput` (of engine or db) where the two cannot be compared, and `Missing`.
     """
     side_a = resolve(db, a)
     side_b = side_a if b is None else resolve(db, b)
     together = against_full(side_a) if b is None else matched(side_a, side_b)
-    wanted = Wanted(confidence, metrics, levels, fresh_from or {})
+    wanted = Wanted(confidence, metrics, levels, without)
     pairs = [_pair(db, one, other, side_a.job, side_b.job, wanted) for one, other in together.pairs]
     if metrics is not None:
         _check_known(metrics, pairs)
@@ -109,12 +110,12 @@ class Wanted:
     confidence: float
     metrics: Sequence[str] | None
     levels: Collection[str]
-    fresh_from: dict[int, int]
+    without: int | None
 
     def has(self, metric: str) -> bool:
         return self.metrics is None or metric in self.metrics
 
-    def estimate(self, figure: how_sure.Figure, sums: Sequence[npt.NDArray[Any]]) -> Interval:
+    def estimate(self, figure: Figure, sums: Sequence[npt.NDArray[Any]]) -> Interval:
         return how_sure.interval(figure, sums, self.confidence)
 
 
@@ -140,7 +141,8 @@ def _pair(db: Database, a: RunRow, b: RunRow, job_a: JobRow, job_b: JobRow, want
     content = benchmark_of(db, a.benchmark_id)
     pinned_a, pinned_b = job_a.pinned or {}, job_b.pinned or {}
     notes: list[str] = []
-    ended, samples = _read_outcomes(paired_outcomes(db, a, b, fresh_from=wanted.fresh_from.get(a.benchmark_id)))
+    seen = set() if wanted.without is None else positions_seen(db, a.benchmark_id, wanted.without)
+    ended, samples = _read_outcomes(row for row in paired_outcomes(db, a, b) if row.position not in seen)
     scores_a, scores_b = (
         {name: column[samples.position] for name, column in scores_of(db, one).items()} for one in (a, b)
     )
@@ -201,7 +203,8 @@ def _read_outcomes(rows: Any) -> tuple[Ended, Samples]:
         both.append((row.source_group, row.failed_a, row.failed_b))
         if not (row.failed_a or row.failed_b):
             kept.append((row.sample_id, row.name, row.source_group, row.position, *_tokens(row)))
-    return Ended(*_columns(both, (object, bool, bool)), unpaired), Samples(
+    groups, failed_a, failed_b = _columns(both, (object, bool, bool))
+    return Ended(groups, failed_a, failed_b, unpaired), Samples(
         *_columns(kept, (np.int64, object, object, np.int64, np.float64, np.int64))
     )
 
@@ -334,7 +337,7 @@ def _speeds(
     notes: list[str],
 ) -> list[Difference]:
     names = [name for name in ("speedup_token", "speedup_request") if wanted.has(name)]
-    if not names or wanted.fresh_from:
+    if not names or wanted.without is not None:
         return []
     if pinned_a["batch_size"] != pinned_b["batch_size"]:
         notes.append(
@@ -380,6 +383,7 @@ def _speed(name: str, device_class: str, batches: PairedBatches, wanted: Wanted)
 
 def _speed_columns(name: str, batches: PairedBatches, mine: Any) -> list[Any]:
     """Time and units of A, then of B."""
+    columns: list[Any]
     if name == "speedup_token":
         columns = [batches.decode_a, batches.tokens_a, batches.decode_b, batches.tokens_b]
     else:
