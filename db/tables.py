@@ -354,3 +354,6 @@ def insert_new(connection: Connection, table: Table, values: dict[str, Any]) -> 
     insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
     written = insert(table).values(values).on_conflict_do_nothing().returning(*table.primary_key)
     return connection.execute(written).first() is not None
+
+
+import db.schedule_tables  # noqa: E402, F401 - of the same metadata, and a file of their own
