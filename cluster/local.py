@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cluster.gates import Gate, Verdict
     from cluster.prepare import Validation
     from cluster.reports.model import JobReport
+    from cluster.schedules.service import Schedules
     from cluster.spec import JobSpec
     from db.listing import JobSummary
     from db.queries import Result
@@ -160,6 +161,12 @@ class Local(Service):
         from cluster.gates import judge
 
         return judge(self._opened(), gate, parse_side(a), None if b is None else parse_side(b))
+
+    @property
+    def schedules(self) -> "Schedules":
+        from cluster.schedules.keeping import LocalSchedules
+
+        return LocalSchedules(lambda: self._opened(create=True), self._settings, self._who)
 
     def query(self, sql: str, *, timeout_s: float = 30, limit: int | None = None) -> "Result":
         from db.queries import query

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cluster.known import Known, KnownPolicy
     from cluster.prepare import Validation
     from cluster.reports.model import JobReport
+    from cluster.schedules.service import Schedules
     from cluster.spec import JobSpec
     from db.listing import JobSummary
 
@@ -107,6 +108,11 @@ class Service(ABC):
     @abstractmethod
     def report(self, job_id: int, *, with_tokens: bool = True) -> "JobReport":
         """What the job found by now. with_tokens: examples token by token, where the tokenizer is at hand."""
+
+    @property
+    @abstractmethod
+    def schedules(self) -> "Schedules":
+        """Jobs that recur."""
 
     @abstractmethod
     def compare(

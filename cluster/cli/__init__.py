@@ -12,7 +12,20 @@ from typer.core import TyperGroup
 import cluster.errors
 import db.errors
 import engine.errors
-from cluster.cli import catalogue, comparing, exchange, finished, fleet, jobs, machine, query, serve, status, training
+from cluster.cli import (
+    catalogue,
+    comparing,
+    exchange,
+    finished,
+    fleet,
+    jobs,
+    machine,
+    query,
+    schedules,
+    serve,
+    status,
+    training,
+)
 from cluster.cli.output import note
 
 
@@ -100,6 +113,19 @@ benchmarks = typer.Typer(
 benchmarks.callback()(catalogue.benchmarks)
 benchmarks.command()(catalogue.show)
 app.add_typer(benchmarks, name="benchmarks")
+
+recurring = typer.Typer(help="Look after jobs that recur.", no_args_is_help=True)
+recurring.command()(schedules.add)
+recurring.command("list")(schedules.list_schedules)
+recurring.command()(schedules.show)
+recurring.command()(schedules.pause)
+recurring.command()(schedules.resume)
+recurring.command()(schedules.remove)
+recurring.command()(schedules.trigger)
+recurring.command()(schedules.resend)
+recurring.command()(schedules.tick)
+recurring.command()(schedules.run)
+app.add_typer(recurring, name="schedule")
 
 keys = typer.Typer(help="Look after the API keys of a server's clients.", no_args_is_help=True)
 keys.command()(serve.create)
