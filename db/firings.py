@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, FromClause, exists, func, insert, or_, select, update
 
-from db.errors import Conflict
+from db.errors import Conflict, Missing
 from db.incidents import note_verdict
 from db.jobs import insert_job
 from db.records import JobState
@@ -29,7 +29,7 @@ from db.schedules import (
     schedule_row,
 )
 from db.session import Database
-from db.tables import job
+from db.tables import insert_new, job
 
 #: the role of a firing's own job in `firing_job`; those that confirm a failure have others
 RUN = "run"
@@ -116,19 +116,22 @@ def fire(
 ) -> list[FiringState]:
     """Write what comes of these moments, the first of which is the schedule's `next_at`; it fires next at `following`.
 
-    Returns the state of each; nothing where another process has done it, or the schedule was paused or removed.
+    Returns the state of each, those left out that have a firing already (the second guard; one by hand may stand at
+    that very moment); nothing where another process has done it, or the schedule was paused or removed.
     """
     moved = update(schedule).where(schedule.c.id == row.id, ~schedule.c.paused, schedule.c.next_at == moments[0].at)
     with db.write() as connection:
         if connection.execute(moved.values(next_at=following)).rowcount == 0:
             return []
-        return [_fire(connection, row, moment, "cron", wish, at) for moment in moments]
+        written = [_fire(connection, row, moment, "cron", wish, at) for moment in moments]
+        return [state for state in written if state is not None]
 
 
 def trigger(db: Database, row: ScheduleRow, wish: Wish, at: float) -> FiringRow:
     """Fire now, paused or not. Raises `Conflict` where one before it has not ended and the schedule skips."""
     with db.write() as connection:
-        hold(connection, row.id)
+        if not hold(connection, row.id):
+            raise Missing(f"schedule {row.name!r} is gone; `shortstop schedule list` shows those that are there.")
         state, reason = _by_overlap(connection, row)
         if state is FiringState.SKIPPED:
             raise Conflict(f"schedule {row.name!r}: {reason}; wait for its end, or `shortstop cancel` that job.")
@@ -140,7 +143,10 @@ def trigger(db: Database, row: ScheduleRow, wish: Wish, at: float) -> FiringRow:
         return _with_jobs(connection, [connection.execute(chosen).one()])[0]
 
 
-def _fire(connection: Connection, row: ScheduleRow, moment: Moment, cause: str, wish: Wish, at: float) -> FiringState:
+def _fire(
+    connection: Connection, row: ScheduleRow, moment: Moment, cause: str, wish: Wish, at: float
+) -> FiringState | None:
+    """None where the moment has its firing."""
     state, reason = _by_overlap(connection, row)
     if moment.is_late:
         state, reason = FiringState.MISSED, "nobody looked before its window was over"
@@ -150,7 +156,10 @@ def _fire(connection: Connection, row: ScheduleRow, moment: Moment, cause: str, 
     new |= {"resolved": {}, "made_at": at, "figures": [], "provenance": {}, "changed": []}
     if state in (FiringState.SKIPPED, FiringState.MISSED, FiringState.REFUSED):
         new["settled_at"] = at
-    id = connection.execute(insert(firing).values(new).returning(firing.c.id)).scalar_one()
+    if not insert_new(connection, firing, new):
+        return None
+    its = select(firing.c.id).where(firing.c.schedule_id == row.id, firing.c.fire_at == moment.at)
+    id = connection.execute(its).scalar_one()
     if state is FiringState.SUBMITTED:
         _submit(connection, row, id, wish)
     if state is FiringState.REFUSED:

@@ -9,7 +9,7 @@ from cluster.places import anchored
 from cluster.schedules.cron import next_moment
 from cluster.schedules.latest import resolved, without_latest
 from cluster.schedules.service import AddedSchedule, ScheduleDetails, Schedules, ScheduleSummary
-from cluster.schedules.spec import ScheduleSpec
+from cluster.schedules.spec import ScheduleSpec, parse_schedule
 from cluster.schedules.ticking import wish_of
 from cluster.schedules.webhooks import Receivers
 from cluster.settings import Settings
@@ -84,7 +84,7 @@ class LocalSchedules(Schedules):
     def _set_paused(self, name: str, paused: bool) -> ScheduleRow:
         db = self._opened()
         row = schedules.find(db, name)
-        spec = ScheduleSpec.model_validate(row.spec)
+        spec = parse_schedule(row.spec)
         following = row.next_at if paused else next_moment(spec.cron, spec.zone, database_clock(db)(), spec.end)
         schedules.set_paused(db, row.id, paused, following)
         return schedules.find(db, name)

@@ -82,9 +82,9 @@ def fire(db: Database, row: ScheduleRow, at: float) -> list[FiringState]:
     if spec is not None and spec.end is not None:
         due = [moment for moment in due if moment <= spec.end] or due[:1]
         following = None if following is None or following > spec.end else following
-    window = 0.0 if spec is None else spec.catch_up_s
     # a look comes up to a tick after the moment, and that is not late
-    found = [Moment(moment, is_late=at - moment > max(window, 2 * TICK_SECONDS)) for moment in due]
+    window = float("inf") if spec is None else max(spec.catch_up_s, 2 * TICK_SECONDS)
+    found = [Moment(moment, is_late=at - moment > window) for moment in due]
     states = firings.fire(db, row, found, following, wish_of(row), at)
     for one, state in zip(found, states, strict=False):
         log.info("schedule fired", schedule=row.name, fire_at=one.at, state=state.value)
@@ -128,15 +128,14 @@ def look(db: Database, settings: Settings) -> Ticked:
 
 
 class Ticker:
-    """Does something every second until it is stopped. `run` belongs to one thread, `stop` to any, and to handlers."""
+    """Looks every second until the event is set. `run` belongs to one thread."""
 
-    def __init__(self, look: Callable[[], object]) -> None:
-        self._look = look
-        self._stopping = threading.Event()
+    def __init__(self, look: Callable[[], object], stopping: threading.Event) -> None:
+        self._look, self._stopping = look, stopping
         self._was_away = False
 
     def run(self) -> None:
-        """Look until `stop`; a database that is away is waited for."""
+        """Look again and again; a database that is away is waited for."""
         while not self._stopping.is_set():
             try:
                 self._look()
@@ -149,25 +148,20 @@ class Ticker:
                 log.error("looking at the schedules failed", exc_info=True)
             self._stopping.wait(TICK_SECONDS)
 
-    def stop(self) -> None:
-        """End after the look in hand."""
-        self._stopping.set()
-
 
 @contextmanager
 def ticking(settings: Settings) -> Iterator[None]:
     """Look for as long as the context lasts: for firings in one thread, for messages in another that may wait long."""
-    receivers = Receivers(settings.webhook_allow)
+    receivers, stopping = Receivers(settings.webhook_allow), threading.Event()
     with closing(patiently(lambda: open_database(settings.database_url))) as db:
         clock = database_clock(db)
-        tickers = [Ticker(partial(tick, db, clock)), Ticker(partial(send_due, db, clock, receivers))]
-        threads = [threading.Thread(target=ticker.run, name="schedules") for ticker in tickers]
+        looks = (partial(tick, db, clock), partial(send_due, db, clock, receivers, lambda: not stopping.is_set()))
+        threads = [threading.Thread(target=Ticker(look, stopping).run, name="schedules") for look in looks]
         for thread in threads:
             thread.start()
         try:
             yield
         finally:
-            for ticker in tickers:
-                ticker.stop()
+            stopping.set()
             for thread in threads:
                 thread.join()

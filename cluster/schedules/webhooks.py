@@ -117,10 +117,12 @@ def signature(secret: str, event_id: str, timestamp: int, body: str) -> str:
     return "v1," + b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
 
 
-def send_due(db: Database, clock: Clock, receivers: Receivers) -> int:
-    """Send the messages that are due. Returns how many were delivered."""
+def send_due(db: Database, clock: Clock, receivers: Receivers, goes_on: Callable[[], bool] = lambda: True) -> int:
+    """Send the messages that are due, while it goes on. Returns how many were delivered."""
     done = 0
     for _ in range(_AT_ONCE):
+        if not goes_on():
+            break
         attempt = incidents.claim_message(db, clock())
         if attempt is None:
             break
