@@ -125,7 +125,7 @@ class Service(ABC):
         levels: Sequence[str] = (),
         without: int | None = None,
     ) -> "Comparison":
-        """Hold B against A: jobs (`12`), policies (`12:full`), runs (`run:34`). See `cluster.comparing.build.compare`."""
+        """Hold B against A: jobs (`12`), policies (`12:full`), runs (`run:34`); see `comparing.build`."""
 
     @abstractmethod
     def judge(self, gate: "Gate", a: str, b: str | None = None) -> "Verdict":

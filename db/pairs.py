@@ -1,7 +1,7 @@
 """Two runs on one benchmark side by side: what they wrote, how it scored, how long it took."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +48,17 @@ class PairedBatches:
 
     def __len__(self) -> int:
         return len(self.decode_a)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was to be written for a sample, and what was."""
+
+    reference: str
+    text_a: str | None
+    text_b: str | None
+    finish_a: str | None
+    finish_b: str | None
 
 
 def run_of(db: Database, run_id: int) -> RunRow:
@@ -100,6 +111,21 @@ def positions_seen(db: Database, benchmark_id: int, job_id: int) -> set[int]:
         seen = {_digest(row) for row in connection.execute(seen_texts, execution_options=_IN_PIECES)}
         mine = connection.execute(texts.where(sample.c.benchmark_id == benchmark_id), execution_options=_IN_PIECES)
         return {row.position for row in mine if _digest(row) in seen}
+
+
+def written_by(db: Database, run_a: int, run_b: int, sample_ids: Collection[int]) -> dict[int, Written]:
+    """By sample, what was asked for and what either run wrote."""
+    of_a, of_b = outcome.alias("of_a"), outcome.alias("of_b")
+    columns = [sample.c.reference, of_a.c.text, of_b.c.text, of_a.c.finish, of_b.c.finish]
+    chosen = (
+        select(sample.c.id, *columns)
+        .select_from(sample)
+        .outerjoin(of_a, and_(of_a.c.sample_id == sample.c.id, of_a.c.run_id == run_a))
+        .outerjoin(of_b, and_(of_b.c.sample_id == sample.c.id, of_b.c.run_id == run_b))
+        .where(sample.c.id.in_(sample_ids))
+    )
+    with db.read() as connection:
+        return {sample_id: Written(*texts) for sample_id, *texts in connection.execute(chosen)}
 
 
 def _digest(row: Any) -> bytes:

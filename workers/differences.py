@@ -23,6 +23,8 @@ RESAMPLES = 4_000
 SWAPS = 19_999
 #: of one array of swaps or draws
 _BATCH_VALUES = 1_000_000
+#: a floor: as good as nothing is known
+_WIDEST = 0.9999
 _SMALLEST = 1e-9  #: of what two sums that are equal on paper may differ by, as a share
 
 
@@ -150,16 +152,17 @@ def detectable(error: float | None, *, alpha: float = 0.05, power: float = 0.8) 
 
 
 def noise_floor(log_ratios: Sequence[float], confidence: float = 0.99) -> float | None:
-    """The share below which a change of speed is no news: of pairs with the same spec so many lie below it.
+    """The slowdown below which a change of speed is no news, as a share: of pairs with the same spec so many lie below.
 
-    log_ratios: of pairs with the same spec. Which of the two is A is arbitrary, so their mean is known to be 0, and
-    with their root mean square they follow Student's t. Never below the largest that was seen. None without a pair.
+    log_ratios: of pairs with the same spec, A's time over B's. Which of the two is A is arbitrary, so their mean is
+    known to be 0, and with their root mean square they follow Student's t. Never below the largest that was seen, and
+    wide where there are few. None without a pair.
     """
     if not log_ratios:
         return None
     seen = np.abs(np.asarray(log_ratios, np.float64))
     wide = float(t.ppf((1 + confidence) / 2, len(seen))) * float(np.sqrt(np.mean(seen**2)))
-    return float(np.expm1(max(wide, float(seen.max()))))
+    return min(-float(np.expm1(-max(wide, float(seen.max())))), _WIDEST)
 
 
 def mean_change(a: Numbers, count_a: Numbers, b: Numbers, count_b: Numbers, *, axis: int) -> Numbers:

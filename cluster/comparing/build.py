@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cluster.comparing.levels import levels as levels_of
 from cluster.comparing.model import (
     Agreement,
     Changed,
@@ -15,32 +16,28 @@ from cluster.comparing.model import (
     Difference,
     Flip,
     Flips,
-    Floor,
     McNemar,
     Moved,
     PairComparison,
 )
-from cluster.comparing.noise import floors, spec_of
+from cluster.comparing.noise import spec_of
 from cluster.comparing.sides import Asked, against_full, matched, resolve
-from cluster.reports.model import Estimate
+from cluster.comparing.speeds import speeds
+from cluster.comparing.wanted import Wanted, as_estimate
 from db.errors import BadInput
 from db.jobs import benchmark as benchmark_of
-from db.jobs import runs as runs_of
-from db.pairs import PairedBatches, PairedOutcome, paired_batches, paired_outcomes, positions_seen, scores_of
+from db.pairs import PairedOutcome, paired_outcomes, positions_seen, scores_of
 from db.records import JobRow, RunRow
 from db.session import Database
 from engine.registry import unknown
 from workers import differences as how_sure
-from workers.differences import Clusters, Interval
-from workers.estimates import Figure
+from workers.differences import Clusters
 from workers.scoring.tokens import first_divergence, token_agreement
 
 #: metrics that hold a completion against full depth of its own job: of two jobs they say nothing
 _AGAINST_FULL = ("token_agreement", "exact_agreement", "first_divergence")
 #: of each list of samples that changed
 LISTED = 50
-#: of two policies of one job: they were timed in turns, and what disturbs a machine disturbs both
-_IN_TURNS = Floor(pairs=0, share=0.0)
 #: provenance that a comparison tells of where the sides differ
 _TOLD = (
     "model", "weights_hash", "tokenizer_hash", "exits", "exits_hash", "dtype", "threads", "device_class",
@@ -103,22 +100,6 @@ def compare(
     )
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a comparison is asked for."""
-
-    confidence: float
-    metrics: Sequence[str] | None
-    levels: Collection[str]
-    without: int | None
-
-    def has(self, metric: str) -> bool:
-        return self.metrics is None or metric in self.metrics
-
-    def estimate(self, figure: Figure, sums: Sequence[npt.NDArray[Any]]) -> Interval:
-        return how_sure.interval(figure, sums, self.confidence)
-
-
 def changed(a: JobRow, b: JobRow) -> list[Changed]:
     """In which parts of their provenance two jobs differ: model, exits, settings, versions."""
     before, after = a.pinned or {}, b.pinned or {}
@@ -154,7 +135,7 @@ def _pair(db: Database, a: RunRow, b: RunRow, job_a: JobRow, job_b: JobRow, want
             found.append(_quality(metric, version, clusters, scores_a[metric], scores_b[metric], wanted))
     if wanted.has("errors"):
         found.append(_quality("errors", None, Clusters(ended.source_group), ended.failed_a, ended.failed_b, wanted))
-    found += _speeds(db, a, b, pinned_a, pinned_b, content.content_hash, wanted, notes)
+    found += speeds(db, a, b, pinned_a, pinned_b, content.content_hash, wanted, notes)
     same_spec = spec_of(a, pinned_a) == spec_of(b, pinned_b)
     agreement = _agreement(samples)
     if same_spec and agreement.diverging:
@@ -181,7 +162,7 @@ def _pair(db: Database, a: RunRow, b: RunRow, job_a: JobRow, job_b: JobRow, want
         errors_b=int(ended.failed_b.sum()),
         agreement=agreement,
         differences=found,
-        levels=_levels(db, b, pinned_b, clusters, scores_b, wanted),
+        levels=levels_of(db, b, pinned_b, clusters, scores_b, wanted),
         flips=[_flips(metric, samples, scores_a[metric], scores_b[metric]) for metric in binary],
         moved=[] if moved_metric is None else _moved(samples, scores_a[moved_metric], scores_b[moved_metric]),
         moved_metric=moved_metric,
@@ -253,8 +234,8 @@ def _quality(metric: str, version: str | None, clusters: Clusters, a: Any, b: An
     sums = [old, count, new, count]
     keep = count > 0
     sums = [column[keep] for column in sums]
-    change = wanted.estimate(how_sure.mean_change, sums)
-    relative = wanted.estimate(how_sure.relative_change, [sums[0], sums[2]])
+    change = wanted.interval(how_sure.mean_change, sums)
+    relative = wanted.interval(how_sure.relative_change, [sums[0], sums[2]])
     # towards better: errors count the other way round
     sides = (sums[:2], sums[2:]) if more_is_better else (sums[2:], sums[:2])
     odds = how_sure.chance(how_sure.mean_change, *sides)
@@ -266,8 +247,8 @@ def _quality(metric: str, version: str | None, clusters: Clusters, a: Any, b: An
         more_is_better=more_is_better,
         a=float(a[known].mean()) if units else None,
         b=float(b[known].mean()) if units else None,
-        change=_estimate(change),
-        relative=_estimate(relative),
+        change=as_estimate(change),
+        relative=as_estimate(relative),
         p_value=odds.two_sided,
         p_worse=odds.worse,
         mcnemar=_mcnemar(a[known], b[known]) if binary else None,
@@ -321,115 +302,6 @@ def _agreement(samples: Samples) -> Agreement:
         median_divergence=float(np.median(places)) if len(places) else None,
         first_divergence={str(place): count for place, count in sorted(Counter(places.tolist()).items())},
     )
-
-
-# --- speed ------------------------------------------------------------------------------------------------------------
-
-
-def _speeds(
-    db: Database,
-    a: RunRow,
-    b: RunRow,
-    pinned_a: dict[str, Any],
-    pinned_b: dict[str, Any],
-    content_hash: str,
-    wanted: Wanted,
-    notes: list[str],
-) -> list[Difference]:
-    names = [name for name in ("speedup_token", "speedup_request") if wanted.has(name)]
-    if not names or wanted.without is not None:
-        return []
-    if pinned_a["batch_size"] != pinned_b["batch_size"]:
-        notes.append(
-            f"Speed is left out: batches of {pinned_a['batch_size']} in job {a.job_id} and of {pinned_b['batch_size']} "
-            f"in job {b.job_id} take their time in other ways."
-        )
-        return []
-    batches = paired_batches(db, a, b, pinned_a["batch_size"])
-    if not len(batches):
-        notes.append("Speed is left out: there is no batch that both timed on the same device class.")
-        return []
-    known = None if a.job_id == b.job_id else floors(db, content_hash, a, b)
-    found = []
-    for device_class in sorted(set(batches.device_class.tolist())):
-        for name in names:
-            speed = _speed(name, device_class, batches, wanted)
-            floor = _IN_TURNS if known is None else known.of(name, device_class)
-            found.append(speed.model_copy(update={"floor": floor}))
-    return found
-
-
-def _speed(name: str, device_class: str, batches: PairedBatches, wanted: Wanted) -> Difference:
-    mine = batches.device_class == device_class
-    columns, clusters = _speed_columns(name, batches, mine), Clusters(batches.source_group[mine])
-    sums = clusters.sums(*columns)
-    gain = wanted.estimate(how_sure.speed_gain, sums)
-    odds = how_sure.chance(how_sure.log_speed, sums[:2], sums[2:])
-    time_a, units_a, time_b, units_b = (float(column.sum()) for column in sums)
-    return Difference(
-        metric=name,
-        kind="speed",
-        device_class=device_class,
-        a=time_a / units_a / 1e6 if units_a else None,
-        b=time_b / units_b / 1e6 if units_b else None,
-        relative=_estimate(gain),
-        p_value=odds.two_sided,
-        p_worse=odds.worse,
-        detectable_relative=how_sure.detectable(gain.error),
-        units=int(mine.sum()),
-        groups=clusters.groups,
-    )
-
-
-def _speed_columns(name: str, batches: PairedBatches, mine: Any) -> list[Any]:
-    """Time and units of A, then of B."""
-    columns: list[Any]
-    if name == "speedup_token":
-        columns = [batches.decode_a, batches.tokens_a, batches.decode_b, batches.tokens_b]
-    else:
-        one = np.ones(len(batches))
-        columns = [batches.prefill_a + batches.decode_a, one, batches.prefill_b + batches.decode_b, one]
-    return [column[mine] for column in columns]
-
-
-# --- levels -----------------------------------------------------------------------------------------------------------
-
-
-def _levels(
-    db: Database, b: RunRow, pinned: dict[str, Any], clusters: Clusters, scores: dict[str, Any], wanted: Wanted
-) -> dict[str, Estimate]:
-    """What B alone comes to; speed: over `full` of its own job, on the device class with most batches."""
-    found = {}
-    for name in wanted.levels:
-        if name in scores:
-            known = ~np.isnan(scores[name])
-            sums = clusters.sums(np.where(known, scores[name], 0), known)
-            level = wanted.estimate(_mean, [column[sums[1] > 0] for column in sums])
-            found[name] = _estimate(level)
-        elif name.startswith("speedup_"):
-            found |= _speed_level(db, b, pinned, name, wanted)
-    return found
-
-
-def _mean(total: Any, count: Any, *, axis: int) -> Any:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return total.sum(axis) / count.sum(axis)
-
-
-def _speed_level(db: Database, b: RunRow, pinned: dict[str, Any], name: str, wanted: Wanted) -> dict[str, Estimate]:
-    same = [one for one in runs_of(db, b.job_id) if one.benchmark_id == b.benchmark_id and one.policy_kind == "full"]
-    if not same or same[0].id == b.id:
-        return {}
-    batches = paired_batches(db, same[0], b, pinned["batch_size"])
-    if not len(batches):
-        return {}
-    names, counts = np.unique(batches.device_class.astype(str), return_counts=True)
-    gain = _speed(name, str(names[counts.argmax()]), batches, wanted).relative
-    return {name: Estimate(**{end: None if of is None else of + 1 for end, of in gain})}
-
-
-def _estimate(found: Interval) -> Estimate:
-    return Estimate(value=found.value, low=found.low, high=found.high)
 
 
 def _with_holm(pairs: list[PairComparison]) -> list[PairComparison]:

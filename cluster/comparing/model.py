@@ -22,7 +22,7 @@ class Floor(Part):
     """How far two runs of the same spec differ in speed, on this benchmark, policy and device class."""
 
     pairs: int  #: of runs of the same spec; each run is in one pair
-    share: float | None  #: a change below this share of A's time is no news; None: too few pairs to say
+    share: float | None  #: a slowdown below this share of A's speed is no news; None: no pair is known
 
 
 class Difference(Part):

@@ -5,6 +5,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cluster.comparing import words
 from cluster.comparing.model import Comparison, Difference, Flip, Flips, PairComparison
 from cluster.gates import Outcome, Verdict
 from cluster.reports import formats
@@ -45,14 +46,15 @@ def _comparison(found: Comparison) -> RenderableType:
 
 
 def _pair(pair: PairComparison) -> list[RenderableType]:
-    policy = pair.policy_b if pair.policy_a == pair.policy_b else f"{pair.policy_a} → {pair.policy_b}"
-    title = Text(formats.printable(f"{pair.benchmark}, {policy}"), style="bold")
+    title = Text(formats.printable(f"{pair.benchmark}, {words.policies(pair)}"), style="bold")
     title.append(f"  {formats.count(pair.samples)} samples", style="dim")
-    agreement = pair.agreement
-    same = f"The same tokens for {formats.percent(agreement.exact)} of the samples"
-    if agreement.median_divergence is not None:
-        same += f"; where they differ, half do by token {agreement.median_divergence + 1:g}"
-    parts: list[RenderableType] = [title, Text(same + "."), _table(pair.differences)]
+    parts: list[RenderableType] = [title, Text(formats.printable(words.headline(pair)))]
+    parts += [Text(words.agreement(pair)), _table(pair.differences)]
+    parts += [
+        _note(f"{one.metric}, {one.device_class}: {words.floor(one)}")
+        for one in pair.differences
+        if one.kind == "speed"
+    ]
     parts += [_flips(one) for one in pair.flips if one.n_lost or one.n_gained]
     return parts + [_note(text) for text in pair.notes]
 
@@ -61,59 +63,28 @@ def _table(differences: list[Difference]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("", min_width=14, overflow="fold")
     for column in ("A", "B", "Change", "Relative", "p", "Would be\nfound"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for one in differences:
         is_speed = one.kind == "speed"
-        write = formats.milliseconds if is_speed else formats.score
-        name = Text(formats.printable(one.metric))
-        if is_speed:
-            name.append(f"\n{formats.printable(str(one.device_class))}\n{_floor(one)}", style="dim")
         table.add_row(
-            name,
-            write(one.a),
-            write(one.b),
+            Text(formats.printable(one.metric)),
+            words.value(one, one.a),
+            words.value(one, one.b),
             formats.ABSENT if is_speed else _with_interval(formats.signed(one.change.value), one.change),
-            _with_interval(signed_percent(one.relative.value), one.relative, relative=True),
+            _with_interval(words.signed_percent(one.relative.value), one.relative, relative=True),
             _p(one),
-            formats.percent(one.detectable_relative) if one.detectable_relative is not None else formats.ABSENT,
+            formats.percent(one.detectable_relative or None),
         )
     return table
 
 
-def signed_percent(share: float | None) -> str:
-    """A change in percent, always with its sign."""
-    if share is None:
-        return formats.ABSENT
-    written = formats.percent(share)
-    return f"+{written}" if share > 0 and written != "0.0%" else written
-
-
-def signed_percents(estimate: Estimate) -> str:
-    """An interval of such; empty where there is none."""
-    if estimate.low is None or estimate.high is None:
-        return ""
-    return f"{signed_percent(estimate.low)} to {signed_percent(estimate.high)}"
-
-
 def _with_interval(value: str, estimate: Estimate, *, relative: bool = False) -> Text:
-    interval = signed_percents(estimate) if relative else formats.signed_interval(estimate)
+    interval = words.signed_percents(estimate) if relative else formats.signed_interval(estimate)
     return Text(value).append(f"\n{interval}", style="dim") if interval else Text(value)
 
 
 def _p(one: Difference) -> Text:
-    if one.p_holm is None:
-        return Text(formats.ABSENT)
-    written = "<0.001" if one.p_holm < 0.001 else f"{one.p_holm:.3f}"
-    found = one.p_holm <= 0.05
-    return Text(written, style=("red" if one.is_worse else "green") if found else "")
-
-
-def _floor(one: Difference) -> str:
-    if one.floor is None or one.floor.share is None:
-        return "no two runs of one spec are known"
-    if not one.floor.pairs:
-        return "timed in turns"
-    return f"two runs of one spec: up to {formats.percent(one.floor.share)} ({one.floor.pairs} pairs)"
+    return Text(words.p_value(one.p_holm), style={"worse": "red", "better": "green"}.get(words.standing(one), ""))
 
 
 def _flips(one: Flips) -> RenderableType:
