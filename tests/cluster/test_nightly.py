@@ -222,7 +222,9 @@ def test_the_page_shows_it(nightly: Nightly, nights: list[FiringRow], browser: B
     assert "incident.opened" in text
     assert browser.evaluate("document.images.length") == 0
     browser.screenshot(tmp_path / "schedule.png")
-    browser.follow(f"a[href='/jobs/{nights[2].jobs['run']}']")
+    before, own = nights[1].jobs["run"], nights[2].jobs["run"]
+    assert browser.evaluate(f"document.querySelectorAll(\"a[href='/compare?a={before}&b={own}']\").length") == 1
+    browser.follow(f"a[href='/jobs/{own}']")
     assert HOSTILE in browser.evaluate("document.querySelector('h1').textContent")
 
 
