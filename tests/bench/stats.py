@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest, kstest, kstwo
+from scipy.stats import binomtest, kstest
 
 from cluster import jobs
 from cluster.comparing.build import compare
