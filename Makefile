@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 CODE := cluster workers engine db tests shortstop.py
 
-.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring clean
+.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-stats clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -43,6 +43,11 @@ bench-service: $(STAMP)
 
 bench-scoring: $(STAMP)
 	$(BIN)/python -m tests.bench.scoring
+
+# How often comparisons and gates err: a real job of five minutes, 10,000 draws from it, then 40 small jobs of one spec
+bench-stats: $(STAMP)
+	$(BIN)/python -m tests.bench.stats
+	$(BIN)/python -m tests.bench.schedules
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -13,25 +13,23 @@ from cluster.comparing.model import (
     Agreement,
     Changed,
     Comparison,
-    Difference,
     Flip,
     Flips,
-    McNemar,
     Moved,
     PairComparison,
 )
 from cluster.comparing.noise import spec_of
+from cluster.comparing.quality import quality_of
 from cluster.comparing.sides import Asked, against_full, matched, resolve
 from cluster.comparing.speeds import speeds
-from cluster.comparing.wanted import Wanted, as_estimate
+from cluster.comparing.wanted import Wanted
 from db.errors import BadInput
 from db.jobs import benchmark as benchmark_of
 from db.pairs import PairedOutcome, paired_outcomes, positions_seen, scores_of
 from db.records import JobRow, RunRow
 from db.session import Database
 from engine.registry import unknown
-from workers import differences as how_sure
-from workers.differences import Clusters
+from workers.differences import Clusters, holm
 from workers.scoring.tokens import first_divergence, token_agreement
 
 #: metrics that hold a completion against full depth of its own job: of two jobs they say nothing
@@ -131,10 +129,10 @@ def _pair(db: Database, a: RunRow, b: RunRow, job_a: JobRow, job_b: JobRow, want
     found, moved_metric = [], None
     for metric in _shared_metrics(job_a, job_b, scores_a, scores_b, notes):
         if wanted.has(metric):
-            version = pinned_b["metrics"].get(metric)
-            found.append(_quality(metric, version, clusters, scores_a[metric], scores_b[metric], wanted))
+            version = pinned_b.get("metrics", {}).get(metric)
+            found.append(quality_of(metric, version, clusters, scores_a[metric], scores_b[metric], wanted))
     if wanted.has("errors"):
-        found.append(_quality("errors", None, Clusters(ended.source_group), ended.failed_a, ended.failed_b, wanted))
+        found.append(quality_of("errors", None, Clusters(ended.source_group), ended.failed_a, ended.failed_b, wanted))
     found += speeds(db, a, b, pinned_a, pinned_b, content.content_hash, wanted, notes)
     same_spec = spec_of(a, pinned_a) == spec_of(b, pinned_b)
     agreement = _agreement(samples)
@@ -221,47 +219,7 @@ def _shared_metrics(
     return shared
 
 
-# --- quality ----------------------------------------------------------------------------------------------------------
-
-
-def _quality(metric: str, version: str | None, clusters: Clusters, a: Any, b: Any, wanted: Wanted) -> Difference:
-    """A metric over the samples that have it under both; clusters: of all places of a and b."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    known = ~(np.isnan(a) | np.isnan(b))
-    old, new, count = clusters.sums(np.where(known, a, 0), np.where(known, b, 0), known)
-    units = int(known.sum())
-    more_is_better = metric != "errors"
-    sums = [old, count, new, count]
-    keep = count > 0
-    sums = [column[keep] for column in sums]
-    change = wanted.interval(how_sure.mean_change, sums)
-    relative = wanted.interval(how_sure.relative_change, [sums[0], sums[2]])
-    # towards better: errors count the other way round
-    sides = (sums[:2], sums[2:]) if more_is_better else (sums[2:], sums[:2])
-    odds = how_sure.chance(how_sure.mean_change, *sides)
-    binary = bool(units) and np.isin(a[known], (0, 1)).all() and np.isin(b[known], (0, 1)).all()
-    return Difference(
-        metric=metric,
-        kind="quality",
-        version=version,
-        more_is_better=more_is_better,
-        a=float(a[known].mean()) if units else None,
-        b=float(b[known].mean()) if units else None,
-        change=as_estimate(change),
-        relative=as_estimate(relative),
-        p_value=odds.two_sided,
-        p_worse=odds.worse,
-        mcnemar=_mcnemar(a[known], b[known]) if binary else None,
-        detectable=how_sure.detectable(change.error),
-        detectable_relative=how_sure.detectable(relative.error),
-        units=units,
-        groups=int(keep.sum()) if clusters.groups <= clusters.n else clusters.groups,
-    )
-
-
-def _mcnemar(a: Any, b: Any) -> McNemar:
-    lost, gained = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
-    return McNemar(lost=lost, gained=gained, p_value=how_sure.mcnemar(lost, gained))
+# --- samples ----------------------------------------------------------------------------------------------------------
 
 
 def _flips(metric: str, samples: Samples, a: Any, b: Any) -> Flips:
@@ -306,7 +264,7 @@ def _agreement(samples: Samples) -> Agreement:
 
 def _with_holm(pairs: list[PairComparison]) -> list[PairComparison]:
     """Every difference with its p-value corrected for all of them."""
-    corrected = iter(how_sure.holm([one.p_value or 0.0 for pair in pairs for one in pair.differences]))
+    corrected = iter(holm([one.p_value or 0.0 for pair in pairs for one in pair.differences]))
     return [
         pair.model_copy(
             update={"differences": [one.model_copy(update={"p_holm": next(corrected)}) for one in pair.differences]}

@@ -46,6 +46,9 @@ OPERATIONS = {
     ("GET", "/v1/benchmarks"): "read",
     ("GET", "/v1/policies"): "read",
     ("GET", "/v1/workers"): "read",
+    ("GET", "/v1/compare"): "read",
+    ("POST", "/v1/gate"): "read",
+    ("POST", "/v1/done-before"): "submit",
     ("GET", "/metrics"): "read",
     ("GET", "/healthz"): None,
     ("GET", "/readyz"): None,
@@ -73,6 +76,7 @@ def test_each_scope_at_each_operation(site: Site, scope: str | None) -> None:
         if scope == "admin" and path.endswith(("cancel", "pause", "retry", "resume")):
             continue  # it may, and would
         target = path.replace("{job_id}", str(site.waiting if "events" not in path else site.done))
+        target += f"?a={site.done}" if path == "/v1/compare" else ""
         answer = site.served.ask(method, target, key)  # without a body: who may gets as far as its absence
         got = (method, path, scope, answer.status_code, answer.text)
         if needed is None:
