@@ -293,14 +293,13 @@ def firings(
 def last_firings(db: Database) -> dict[int, FiringRow]:
     """By schedule, the newest firing that has a job or was refused."""
     newest = (
-        select(func.max(firing.c.fire_at))
-        .where(
-            firing.c.schedule_id == schedule.c.id,
-            or_(firing.c.state == FiringState.SUBMITTED, firing.c.state == FiringState.REFUSED),
-        )
-        .scalar_subquery()
+        select(firing.c.schedule_id, func.max(firing.c.fire_at).label("fire_at"))
+        .where(firing.c.state.in_([FiringState.SUBMITTED, FiringState.REFUSED]))
+        .group_by(firing.c.schedule_id)
+        .subquery()
     )
-    chosen = select(*_FIRING).join(schedule, schedule.c.id == firing.c.schedule_id).where(firing.c.fire_at == newest)
+    is_newest = (firing.c.schedule_id == newest.c.schedule_id) & (firing.c.fire_at == newest.c.fire_at)
+    chosen = select(*_FIRING).join(newest, is_newest)
     with db.read() as connection:
         return {one.schedule_id: one for one in _with_jobs(connection, connection.execute(chosen).all())}
 

@@ -17,6 +17,7 @@ from cluster.client import Client
 from cluster.schedules.ticking import tick
 from db import firings, jobs, schedules
 from db.errors import Conflict, Missing
+from db.keys import create_key
 from db.schedules import database_clock
 from db.session import Database
 from engine.errors import BadInput
@@ -187,7 +188,8 @@ def test_what_latest_is(world: World, db: Database, tmp_path: Path) -> None:
 
 @pytest.fixture
 def client(site: Site) -> Iterator[Client]:
-    with Client(site.served.url, site.keys["submit"]) as opened:
+    """Of somebody who may look and submit."""
+    with Client(site.served.url, create_key(site.db, "alice", ["read", "submit"])[0]) as opened:
         yield opened
 
 
@@ -196,7 +198,7 @@ def test_a_server_does_the_same(site: Site, client: Client, tmp_path: Path) -> N
 
     spec = parse_schedule(fields(site.world, name="served", webhooks=["https://hooks.example.org/x"]))
     done = client.schedules.add(spec)
-    assert done.schedule.principal == "submit-key"
+    assert done.schedule.principal == "alice"
     assert done.secrets["https://hooks.example.org/x"].startswith("whsec_")
     with pytest.raises(Conflict, match="schedule 'served' is there already"):
         client.schedules.add(spec)
