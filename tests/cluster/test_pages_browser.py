@@ -75,6 +75,7 @@ def pages_of(scene: Scene) -> list[str]:
         "/submit",
         "/query",
         "/system",
+        "/schedules",
         f"/jobs/{scene.done}",
         f"/jobs/{scene.hostile}",
         f"/jobs/{scene.dead}",
