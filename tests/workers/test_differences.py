@@ -147,3 +147,11 @@ def test_the_noise_floor_is_wide_where_little_is_known() -> None:
     many = np.random.default_rng(8).normal(0, 0.01, 200)
     assert noise_floor(list(many)) == pytest.approx(max(0.026, np.abs(many).max()), rel=0.1)
     assert noise_floor([0.001] * 20 + [0.2]) >= 0.2  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("pairs", [1, 3, 10])
+def test_one_pair_in_a_hundred_lies_beyond_the_noise_floor(pairs: int) -> None:
+    """However few pairs the floor is made of: that it is wide where they are few is what keeps the promise."""
+    draws = np.random.default_rng(9).normal(0, 0.02, (2000, pairs + 1))
+    beyond = [np.expm1(x) < -(noise_floor(list(others)) or 0) for x, *others in draws]
+    assert sum(beyond) / 2000 <= 0.0085  # 0.5 % slower, give or take
