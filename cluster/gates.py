@@ -89,9 +89,7 @@ class RuleVerdict(Part):
     device_class: str | None
     outcome: Outcome
     sentence: str
-    value: (
-        Estimate  #: of max_loss the loss, so that a gain is below 0; of min the figure itself; at the gate's confidence
-    )
+    value: Estimate  #: of max_loss the loss (a gain is below 0), of min the figure itself; at the gate's confidence
     limit: float  #: max_loss or min
     scale: Literal["relative", "absolute"]
     p_value: float | None = None  #: of a loss: one-sided, corrected for all rules

@@ -51,8 +51,9 @@ class Clusters:
 
     def __init__(self, groups: npt.NDArray[np.object_]) -> None:
         """groups: the source group of each sample or batch."""
-        names, self._group = np.unique(groups.astype(str), return_inverse=True)
-        self.groups = len(names)
+        numbers: dict[str, int] = {}  # an array of texts would be as wide as the longest everywhere
+        self._group = np.array([numbers.setdefault(name, len(numbers)) for name in groups.tolist()], np.int64)
+        self.groups = len(numbers)
         self.n = min(self.groups, MOST_CLUSTERS)
         if self.groups > MOST_CLUSTERS:
             dealt = np.random.default_rng(SEED).permutation(self.groups) % MOST_CLUSTERS
@@ -100,8 +101,8 @@ def chance(figure: Figure, a: Sequence[Numbers], b: Sequence[Numbers]) -> Chance
     a, b: the same sums of either side, [n] each; figure gets the swapped sums of A, then those of B. The p-values are
     never too small, whatever the distribution, if A and B are exchangeable within a group when there is no difference.
     """
-    seen = float(figure(*a, *b, axis=-1))
-    if not len(a[0]) or not np.isfinite(seen):
+    seen = float(figure(*a, *b, axis=-1)) if len(a[0]) else np.nan
+    if not np.isfinite(seen):
         return Chance(1.0, 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         swapped = _swapped(figure, np.stack(a), np.stack(b))

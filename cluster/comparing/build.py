@@ -126,7 +126,7 @@ def _pair(db: Database, a: RunRow, b: RunRow, job_a: JobRow, job_b: JobRow, want
         {name: column[samples.position] for name, column in scores_of(db, one).items()} for one in (a, b)
     )
     clusters = Clusters(samples.source_group)
-    found, moved_metric = [], None
+    found = []
     for metric in _shared_metrics(job_a, job_b, scores_a, scores_b, notes):
         if wanted.has(metric):
             version = pinned_b.get("metrics", {}).get(metric)
@@ -141,6 +141,8 @@ def _pair(db: Database, a: RunRow, b: RunRow, job_a: JobRow, job_b: JobRow, want
             f"The same spec wrote other tokens for {agreement.diverging:,} samples; on one device class that must not "
             "be: was it another one?"
         )
+    if a.policy == b.policy and a.policy_spec != b.policy_spec:
+        notes.append(f"The policy of that name is another one: {a.policy_spec} in A, {b.policy_spec} in B.")
     moved_metric = next((name for name in ("rouge_l", "es", *scores_a) if name in scores_a and name in scores_b), None)
     binary = [one.metric for one in found if one.mcnemar is not None and one.metric != "errors"]
     return PairComparison(

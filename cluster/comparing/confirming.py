@@ -70,7 +70,11 @@ def confirm(service: Service, gate: Gate, verdict: Verdict, see: Callable[[int],
     asked = again(service, verdict)
     kinds = {one.kind for one in asked}
     for one in asked:
-        ids = [None if spec is None else service.submit(spec) for spec in (one.before, one.after)]
+        try:
+            ids = [None if spec is None else service.submit(spec) for spec in (one.before, one.after)]
+        except ValueError as error:  # BadInput of engine and record: what the first jobs read is gone, or not allowed
+            verdict = _told(gate, verdict, verdict.rules, f"Not confirmed: {error}")
+            continue
         states = [see(job_id) for job_id in ids if job_id is not None]
         if any(state is not JobState.DONE for state in states):
             verdict = _told(gate, verdict, verdict.rules, f"Not confirmed: job {ids[1]} or its fellow is {states[-1]}.")

@@ -63,6 +63,7 @@ def test_a_policy_that_leaves_too_early_is_found_with_its_samples(scene: Compare
     found = compared(scene, scene.good, f"{scene.worse}:careful")
     pair = found.pairs[1]
     assert (pair.policy_a, pair.policy_b, pair.same_spec) == ("careful", "careful", False)
+    assert pair.notes[-1].startswith("The policy of that name is another one: {'confidence': {")
     [es] = pair.difference("es")
     assert es.change.high is not None
     assert es.change.high < -0.2

@@ -143,7 +143,16 @@ def test_mcnemar_holm_and_what_could_be_found() -> None:
 
 def test_the_noise_floor_is_wide_where_little_is_known() -> None:
     assert noise_floor([]) is None
-    assert noise_floor([0.01]) > 0.5  # type: ignore[operator] # one pair tells next to nothing
+    assert noise_floor([0.01]) == pytest.approx(1 - np.exp(-0.6366), rel=1e-3)  # one pair tells next to nothing
+    assert noise_floor([1.0]) == 0.9999
     many = np.random.default_rng(8).normal(0, 0.01, 200)
     assert noise_floor(list(many)) == pytest.approx(max(0.026, np.abs(many).max()), rel=0.1)
-    assert noise_floor([0.001] * 20 + [0.2]) >= 0.2  # type: ignore[operator]
+    assert noise_floor([0.001] * 20 + [0.2]) == pytest.approx(1 - np.exp(-0.2))  # never below what was seen
+
+
+@pytest.mark.parametrize("pairs", [1, 3, 10])
+def test_one_pair_in_a_hundred_lies_beyond_the_noise_floor(pairs: int) -> None:
+    """However few pairs the floor is made of: that it is wide where they are few is what keeps the promise."""
+    draws = np.random.default_rng(9).normal(0, 0.02, (2000, pairs + 1))
+    beyond = [np.expm1(x) < -(noise_floor(list(others)) or 0) for x, *others in draws]
+    assert sum(beyond) / 2000 <= 0.0085  # 0.5 % slower, give or take
