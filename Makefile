@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 CODE := cluster workers engine db tests shortstop.py
 
-.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-benchmarks clean
+.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-benchmarks bench-stats clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -47,6 +47,11 @@ bench-scoring: $(STAMP)
 # A file of 2 GB, which is removed again; smaller: BENCH_GB=0.2
 bench-benchmarks: $(STAMP)
 	$(BIN)/python -m tests.bench.benchmarks
+
+# How often comparisons and gates err: a real job of five minutes, 10,000 draws from it, then 40 small jobs of one spec
+bench-stats: $(STAMP)
+	$(BIN)/python -m tests.bench.stats
+	$(BIN)/python -m tests.bench.schedules
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

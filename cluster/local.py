@@ -21,8 +21,11 @@ from db.records import JobRow, JobState, Progress
 from db.session import Database, open_database
 
 if TYPE_CHECKING:
+    from cluster.comparing.model import Comparison
+    from cluster.gates import Gate, Verdict
     from cluster.prepare import Validation
     from cluster.reports.model import JobReport
+    from cluster.schedules.service import Schedules
     from cluster.spec import JobSpec
     from db.listing import JobSummary
     from db.queries import Result
@@ -63,6 +66,11 @@ class Local(Service):
             return self._opened()
         except RecordError:
             return None
+
+    def done_before(self, spec: "JobSpec", folder: Path | None = None) -> int | None:
+        from cluster.unchanged import done_before
+
+        return done_before(self._opened(create=True), spec, folder or Path.cwd(), workers=self._settings.workers)
 
     def jobs(self) -> "list[JobSummary]":
         from db.listing import summaries
@@ -146,6 +154,35 @@ class Local(Service):
 
         db = self._opened()
         return build_report(db, job_id, decoder(db, job_id) if with_tokens else None)
+
+    def compare(
+        self,
+        a: str,
+        b: str | None = None,
+        *,
+        confidence: float = 0.95,
+        metrics: Sequence[str] | None = None,
+        levels: Sequence[str] = (),
+        without: int | None = None,
+    ) -> "Comparison":
+        from cluster.comparing.build import compare
+        from cluster.comparing.sides import parse_side
+
+        sides = parse_side(a), None if b is None else parse_side(b)
+        options: dict[str, Any] = {"metrics": metrics, "levels": levels, "without": without}
+        return compare(self._opened(), *sides, confidence=confidence, **options)
+
+    def judge(self, gate: "Gate", a: str, b: str | None = None) -> "Verdict":
+        from cluster.comparing.sides import parse_side
+        from cluster.gates import judge
+
+        return judge(self._opened(), gate, parse_side(a), None if b is None else parse_side(b))
+
+    @property
+    def schedules(self) -> "Schedules":
+        from cluster.schedules.keeping import LocalSchedules
+
+        return LocalSchedules(lambda: self._opened(create=True), self._settings, self._who)
 
     def query(self, sql: str, *, timeout_s: float = 30, limit: int | None = None) -> "Result":
         from db.queries import query

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from db.records import DeadTask, JobRow, JobState, Progress, RunRow
 
 if TYPE_CHECKING:
+    from cluster.comparing.model import Comparison
+    from cluster.gates import Gate, Verdict
     from cluster.known import Known, KnownPolicy, ShownBenchmark
     from cluster.prepare import Validation
     from cluster.reports.model import JobReport
+    from cluster.schedules.service import Schedules
     from cluster.spec import JobSpec
     from db.listing import JobSummary
 
@@ -66,6 +69,10 @@ class Service(ABC):
         """What the job would do; nothing is written."""
 
     @abstractmethod
+    def done_before(self, spec: "JobSpec", folder: Path | None = None) -> int | None:
+        """A finished job that found what this spec's would find; None where something changed."""
+
+    @abstractmethod
     def jobs(self) -> "list[JobSummary]":
         """All jobs, newest first."""
 
@@ -101,6 +108,28 @@ class Service(ABC):
     @abstractmethod
     def report(self, job_id: int, *, with_tokens: bool = True) -> "JobReport":
         """What the job found by now. with_tokens: examples token by token, where the tokenizer is at hand."""
+
+    @property
+    @abstractmethod
+    def schedules(self) -> "Schedules":
+        """Jobs that recur."""
+
+    @abstractmethod
+    def compare(
+        self,
+        a: str,
+        b: str | None = None,
+        *,
+        confidence: float = 0.95,
+        metrics: Sequence[str] | None = None,
+        levels: Sequence[str] = (),
+        without: int | None = None,
+    ) -> "Comparison":
+        """Hold B against A: jobs (`12`), policies (`12:full`), runs (`run:34`); see `comparing.build`."""
+
+    @abstractmethod
+    def judge(self, gate: "Gate", a: str, b: str | None = None) -> "Verdict":
+        """What a gate says of the two; nothing is run for it. See `cluster.gates.judge`."""
 
     @abstractmethod
     def query(self, sql: str, *, timeout_s: float = 30, limit: int | None = None) -> Answer:

@@ -107,22 +107,22 @@ def read_job(source: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
     return parse_job(override(read_yaml(source), overrides))
 
 
-def read_yaml(source: str | Path) -> dict[str, Any]:
-    """Read a file (`-` is standard input) that holds one mapping. Raises `BadInput`."""
+def read_yaml(source: str | Path, *, word: str = "spec", like: str = "model: smollm2-135m") -> dict[str, Any]:
+    """Read a file (`-` is standard input) that holds one mapping, told of as a `word`. Raises `BadInput`."""
     name = "standard input" if str(source) == "-" else str(source)
     try:
         text = sys.stdin.read() if str(source) == "-" else Path(source).read_text(encoding="utf-8")
         value = yaml.safe_load(text)
     except OSError as error:
         raise BadInput(
-            f"spec {name!r} cannot be read ({error.strerror}); give the path of a YAML file, or - ."
+            f"{word} {name!r} cannot be read ({error.strerror}); give the path of a YAML file, or - ."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: {getattr(error, 'problem', None)}" if mark else str(error).splitlines()[0]
-        raise BadInput(f"spec {name!r} is not YAML ({where}); correct it there.") from None
+        raise BadInput(f"{word} {name!r} is not YAML ({where}); correct it there.") from None
     if not isinstance(value, dict):
-        raise BadInput(f"spec {name!r} does not hold a mapping; write lines such as `model: smollm2-135m`.")
+        raise BadInput(f"{word} {name!r} does not hold a mapping; write lines such as `{like}`.")
     return value
 
 

@@ -34,6 +34,7 @@ from db.events import What
 from db.partial import PRUNED
 from db.queue import close_tasks
 from db.records import JobState, TaskState
+from db.schedule_tables import schedule
 from db.session import Database
 from db.tables import (
     artifact,
@@ -121,11 +122,16 @@ def planned(db: Database, older_than_s: float) -> Pruned:
 
 
 def _old(older_than_s: float) -> ColumnElement[bool]:
-    """Ended that long ago; a job that came from elsewhere was imported that long ago, too."""
+    """Ended that long ago; a job that came from elsewhere was imported that long ago, too.
+
+    What a schedule is held against stays.
+    """
     moment = now() - older_than_s
+    is_baseline = select(schedule.c.id).where(schedule.c.baseline_job == job.c.id).exists()
     of_job = (job_event.c.job_id == job.c.id, job_event.c.what == What.IMPORTED)
     lately = select(job_event.c.id).where(*of_job, job_event.c.at >= moment).exists()
-    return job.c.state.in_(_ENDED) & or_(and_(job.c.finished_at < moment, ~lately), job.c.error == PRUNED)
+    is_old = or_(and_(job.c.finished_at < moment, ~lately), job.c.error == PRUNED)
+    return job.c.state.in_(_ENDED) & is_old & ~is_baseline
 
 
 def _condemn(db: Database, job_id: int, which: ColumnElement[bool]) -> bool:

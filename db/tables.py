@@ -350,6 +350,23 @@ job_kernels = Table(
     PrimaryKeyConstraint("job_id", "device_class"),
 )
 
+#: two runs of the same spec, and by how much they differed in speed: kept when the runs themselves are gone
+noise_pair = Table(
+    "noise_pair",
+    metadata,
+    Column("run_a", Id),
+    Column("run_b", Id),
+    Column("device_class", Text),
+    Column("content_hash", Text, nullable=False),
+    Column("policy", Text, nullable=False),
+    # logarithms of A's time over B's: of a token, of a request
+    Column("log_token", Double, nullable=False),
+    Column("log_request", Double, nullable=False),
+    Column("measured_at", Double, nullable=False),
+    PrimaryKeyConstraint("run_a", "run_b", "device_class"),
+    Index("ix_noise_pair_content_hash", "content_hash", "policy", "device_class"),
+)
+
 #: what lets a client in; the secret itself is known to its owner only
 api_key = Table(
     "api_key",
@@ -387,3 +404,6 @@ def insert_new(connection: Connection, table: Table, values: dict[str, Any]) -> 
     insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
     written = insert(table).values(values).on_conflict_do_nothing().returning(*table.primary_key)
     return connection.execute(written).first() is not None
+
+
+import db.schedule_tables  # noqa: E402, F401 - of the same metadata, and a file of their own

@@ -18,7 +18,7 @@ from db.binary_copy import NULL, array_header, copied_rows, elements, text_field
 from db.errors import RecordError
 from db.queue import storable
 from db.records import OutcomeRow, TokenArrays
-from db.token_json import FIELDS, NUMPY_TYPES, from_json, to_json
+from db.token_json import FIELDS, NUMPY_TYPES, from_json, ids_from_json, to_json
 
 #: numpy type in PostgreSQL's byte order, and the type's object id in its catalogue (int4, int2, float4)
 _POSTGRESQL_TYPES = ((">i4", 23), (">i2", 21), (">i2", 21), (">i2", 21), (">f4", 700), (">i2", 21))
@@ -61,6 +61,21 @@ def tokens_from(dialect: str, columns: Sequence[Any]) -> TokenArrays | None:
     if columns[0] is None:
         return None
     return from_json(columns[0]) if dialect == "sqlite" else _from_arrays(columns)
+
+
+def ids_selection(dialect: str, alias: str) -> ColumnElement[Any]:
+    """What `ids_from` reads, of `outcome` under another name."""
+    return literal_column(f"{alias}.tokens" if dialect == "sqlite" else f"array_send({alias}.token_ids)").label(
+        f"ids_{alias}"
+    )
+
+
+def ids_from(dialect: str, kept: Any) -> list[int] | None:
+    """The token ids of one outcome, without the place of a stop; None for an error."""
+    if kept is None:
+        return None
+    ids = ids_from_json(kept) if dialect == "sqlite" else _elements(bytes(kept), _POSTGRESQL_TYPES[0][0]).tolist()
+    return ids[:-1] if ids and ids[-1] < 0 else ids
 
 
 def _rows(task_id: int, outcomes: Sequence[OutcomeRow]) -> Iterator[tuple[Any, ...]]:

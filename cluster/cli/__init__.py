@@ -1,7 +1,7 @@
 """The command line `shortstop`. Nothing heavy is imported before a command needs it.
 
 Exit codes: 0 done, 1 failed, 2 bad input (one sentence on standard error, nothing changed), 130 interrupted;
-3, inconclusive, belongs to the gates.
+of a gate 0 pass, 1 fail, 3 inconclusive.
 """
 
 from typing import Annotated, Any
@@ -12,7 +12,20 @@ from typer.core import TyperGroup
 import cluster.errors
 import db.errors
 import engine.errors
-from cluster.cli import catalogue, exchange, finished, fleet, jobs, machine, query, serve, status, training
+from cluster.cli import (
+    catalogue,
+    comparing,
+    exchange,
+    finished,
+    fleet,
+    jobs,
+    machine,
+    query,
+    schedules,
+    serve,
+    status,
+    training,
+)
 from cluster.cli.output import note
 
 
@@ -75,6 +88,8 @@ for command in (
     fleet.work,
     finished.add_policy,
     finished.rescore,
+    comparing.compare,
+    comparing.gate,
     query.query,
     exchange.export_job,
     exchange.import_job,
@@ -99,6 +114,19 @@ benchmarks.callback()(catalogue.benchmarks)
 benchmarks.command()(catalogue.show)
 benchmarks.command()(catalogue.overlap)
 app.add_typer(benchmarks, name="benchmarks")
+
+recurring = typer.Typer(help="Look after jobs that recur.", no_args_is_help=True)
+recurring.command()(schedules.add)
+recurring.command("list")(schedules.list_schedules)
+recurring.command()(schedules.show)
+recurring.command()(schedules.pause)
+recurring.command()(schedules.resume)
+recurring.command()(schedules.remove)
+recurring.command()(schedules.trigger)
+recurring.command()(schedules.resend)
+recurring.command()(schedules.tick)
+recurring.command()(schedules.run)
+app.add_typer(recurring, name="schedule")
 
 keys = typer.Typer(help="Look after the API keys of a server's clients.", no_args_is_help=True)
 keys.command()(serve.create)

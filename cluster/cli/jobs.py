@@ -9,6 +9,7 @@ from cluster.cli.options import (
     DatabaseUrl,
     GpusPerWorker,
     HtmlFile,
+    IfChanged,
     Inline,
     JobId,
     JsonFlag,
@@ -37,6 +38,7 @@ def run(
     ray_address: RayAddress = None,
     gpus_per_worker: GpusPerWorker = None,
     html: HtmlFile = None,
+    if_changed: IfChanged = False,
     database: DatabaseUrl = None,
     server: ServerUrl = None,
     as_json: JsonFlag = False,
@@ -48,6 +50,11 @@ def run(
     with service(database, workers, server, ray_address, gpus_per_worker, inline=inline) as shortstop:
         asked, folder = read_job(spec, overrides or []), spec_folder(spec)
         shortstop.validate(asked, folder)  # before there is a job, or a database
+        before = shortstop.done_before(asked, folder) if if_changed else None
+        if before is not None:
+            note(f"job {before}: nothing changed since; this is its report")
+            print_job_report(shortstop, before, page, as_json)
+            return
         job_id = shortstop.submit(asked, folder)
         note(f"job {job_id}: submitted")
         see_through(shortstop, job_id, inline, database, server, page, as_json)

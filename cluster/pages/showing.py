@@ -33,6 +33,7 @@ POLICY = (
 @cache
 def _environment() -> Environment:
     made = environment(ChoiceLoader([PackageLoader("cluster.pages"), PackageLoader("cluster.reports")]))
+    made.filters["fromjson"] = json.loads
     made.globals |= {"static": static.url, "quote": lambda value: quote(str(value), safe="")}
     return made
 
