@@ -19,6 +19,7 @@ from engine.errors import BadInput, NumericalError, OutOfMemory
 from engine.exits import check_policy, check_weights, exits_hash, find_exits, read_manifest
 from engine.heads import Heads
 from engine.loading import load_model, load_tokenizer, resolve_model
+from engine.machine import measure_machine
 from engine.matrices import Matrix
 from engine.memory import memory_errors
 from engine.plans import remembered_plan
@@ -120,7 +121,7 @@ class Engine:
         """What this device reaches, measured once; a worker may set what others measured before it."""
         self._take_threads()
         with torch.inference_mode():
-            return Machine.measure(self.device, getattr(torch, self.dtype))
+            return measure_machine(self.device, getattr(torch, self.dtype))
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -201,7 +202,7 @@ class Engine:
             self._completion(prompt, record, finish)
             for prompt, record, finish in zip(prefilled.prompts, decoding.records, decoding.finishes, strict=True)
         ]
-        price = cost(decoding.work, self.stack, self.machine)
+        price = cost(decoding.work, self.stack.shape, self.machine)
         written = sum(completion.n_tokens - 1 for completion in completions)
         return Decoded(
             completions,

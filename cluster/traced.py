@@ -1,0 +1,184 @@
+"""A trace out of the record: as pieces to replay, and as Arrow."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from db import devices, jobs
+from db.errors import BadInput
+from db.records import JobState, RunRow, TracedSample
+from db.session import Database
+from db.traces import source_groups, traces
+from engine.cost import Machine, Shape
+from engine.replay.ideal import CostModel
+from engine.replay.traced import Traced
+from workers.pinned import Pinned
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+#: the kind, and the label, of the runs of a trace: no policy, for nothing is decided
+TRACE = "trace"
+#: tokens of a piece, about: its arrays stay in the processor's cache
+_PIECE_TOKENS = 20_000
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A trace of one benchmark."""
+
+    db: Database
+    run: RunRow
+    pinned: Pinned
+    groups: tuple[str, ...]  #: names of the source groups, by number
+
+    @property
+    def target(self) -> str:
+        """`reference`, or `full`: the model's own completion."""
+        assert self.pinned.trace is not None
+        return self.pinned.trace
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """The exit points, full depth last."""
+        return tuple(sorted({*self.pinned.exit_points, self.pinned.n_layers}))
+
+    def samples(self, at_once: int = 512) -> Iterator[list[TracedSample]]:
+        """In the benchmark's order, some neighbours at a time."""
+        return traces(self.db, self.run.id, samples=at_once)
+
+    def pieces(self) -> Iterator[Traced]:
+        """What `engine.replay.replay.replay` takes: whole batches, in order."""
+        number = {name: place for place, name in enumerate(self.groups)}
+        size = self.pinned.batch_size
+        batches = max(1, _PIECE_TOKENS // (size * self.pinned.max_new_tokens))
+        for samples in self.samples(size * batches):
+            yield self._piece(samples, number)
+
+    def cost_model(self) -> CostModel | None:
+        """None where the record does not know what the job's device class reaches: the job was imported."""
+        reaches = devices.known_plan(self.db, self.pinned.device_class)
+        if reaches is None or self.pinned.shape is None or self.pinned.heads is None:
+            return None
+        return CostModel(Shape(**self.pinned.shape), self.pinned.heads, Machine(**reaches))
+
+    def _piece(self, samples: list[TracedSample], number: dict[str, int]) -> Traced:
+        arrays = [one.arrays for one in samples]
+        columns = {
+            name: np.concatenate([getattr(one, name) for one in arrays], axis=-1)
+            for name in arrays[0].__dataclass_fields__
+        }
+        return Traced(
+            points=self.points,
+            exit_points=self.pinned.exit_points,
+            has_controller=self.pinned.controller,
+            max_new_tokens=self.pinned.max_new_tokens,
+            lengths=np.array([len(one) for one in arrays]),
+            groups=np.array([number[one.source_group] for one in samples]),
+            batches=np.array([one.position // self.pinned.batch_size for one in samples]),
+            prompt_tokens=np.array([one.prompt_tokens for one in samples]),
+            prompt_keys=np.array([one.prompt_key for one in samples]),
+            **columns,
+        )
+
+
+def traces_of(db: Database, job_id: int) -> list[Trace]:
+    """The traces of a job, one for each benchmark. Raises `BadInput` where it is no trace, or is not done."""
+    job = jobs.job(db, job_id)
+    runs = [run for run in jobs.runs(db, job_id) if run.policy_kind == TRACE]
+    if job.pinned is not None and not runs:
+        raise BadInput(f"job {job_id} is no trace; make one of the same spec with `shortstop trace SPEC`.")
+    if job.state is not JobState.DONE:
+        raise BadInput(f"job {job_id} is {job.state}, and a trace can be asked when it is done; wait, or resume it.")
+    pinned = Pinned.model_validate(job.pinned)
+    return [Trace(db, run, pinned, tuple(source_groups(db, run.id))) for run in runs]
+
+
+def trace_of(db: Database, job_id: int, benchmark: str | None = None) -> Trace:
+    """The trace of a job's only benchmark, or of the one that is named. Raises `BadInput`."""
+    found = traces_of(db, job_id)
+    names = [one.run.benchmark for one in found]
+    if benchmark is None and len(found) == 1:
+        return found[0]
+    if benchmark not in names:
+        known = ", ".join(map(repr, names))
+        said = "has several benchmarks" if benchmark is None else f"has no benchmark {benchmark!r}"
+        raise BadInput(f"job {job_id} {said}; name one of {known}.")
+    return found[names.index(benchmark)]
+
+
+def trace_schema() -> "pa.Schema":
+    """The columns of a trace: a row a token of a target and exit point, full depth the last one."""
+    import pyarrow as pa
+
+    floats = ("probability", "margin", "entropy", "similarity", "p_continue", "p_exit", "p_stop")
+    return pa.schema(
+        [
+            ("run_id", pa.int64()),
+            ("benchmark", pa.string()),
+            ("sample_id", pa.int64()),
+            ("sample", pa.string()),
+            ("source_group", pa.string()),
+            ("language", pa.string()),
+            ("position", pa.int32()),  # in the target, from 1
+            ("exit_layer", pa.int16()),
+            ("target_id", pa.int32()),
+            ("token_id", pa.int32()),
+            ("rank", pa.int32()),  # 1: the target is the most likely; null: this head cannot predict it
+            *((name, pa.float32()) for name in floats),  # p_…: null without a controller
+        ]
+    )
+
+
+def trace_batches(trace: Trace, schema: "pa.Schema") -> "Iterator[pa.RecordBatch]":
+    """The rows of a trace in pieces, sample by sample; no transaction is open between two of them."""
+    for samples in trace.samples():
+        yield _arrow(trace, samples, schema)
+
+
+def _arrow(trace: Trace, samples: list[TracedSample], schema: "pa.Schema") -> "pa.RecordBatch":
+    import pyarrow as pa
+
+    points = len(trace.points)
+    cells = np.array([len(one.arrays) * points for one in samples])
+
+    def by_sample(values: list[object], kind: "pa.DataType") -> "pa.Array":
+        return pa.array(values, type=kind).take(pa.array(np.repeat(np.arange(len(samples)), cells)))
+
+    def by_cell(column: Callable[[TracedSample], "np.ndarray"]) -> "np.ndarray":
+        return np.concatenate([column(one).T.ravel() for one in samples])
+
+    def by_token(column: Callable[[TracedSample], "np.ndarray"]) -> "np.ndarray":
+        return np.concatenate([np.repeat(column(one), points) for one in samples])
+
+    ranks = by_cell(lambda one: one.arrays.ranks)
+    made = {
+        "run_id": np.full(int(cells.sum()), trace.run.id),
+        "benchmark": by_sample([trace.run.benchmark] * len(samples), pa.string()),
+        "sample_id": np.repeat([one.sample_id for one in samples], cells),
+        "sample": by_sample([one.name for one in samples], pa.string()),
+        "source_group": by_sample([one.source_group for one in samples], pa.string()),
+        "language": by_sample([one.language for one in samples], pa.string()),
+        "position": by_token(lambda one: np.arange(1, len(one.arrays) + 1)),
+        "exit_layer": np.tile(trace.points, int(cells.sum()) // points),
+        "target_id": by_token(lambda one: one.arrays.targets),
+        "token_id": by_cell(lambda one: one.arrays.tokens),
+        "rank": pa.array(ranks + 1, pa.int32(), mask=ranks < 0),
+        "probability": by_cell(lambda one: one.arrays.probabilities),
+        "margin": by_cell(lambda one: one.arrays.margins),
+        "entropy": by_cell(lambda one: one.arrays.entropies),
+        "similarity": by_cell(lambda one: one.arrays.similarities),
+    }
+    for place, name in enumerate(("p_continue", "p_exit", "p_stop")):
+        values = by_cell(lambda one, place=place: one.arrays.controller[:, place])  # type: ignore[misc]
+        made[name] = pa.array(values, pa.float32(), mask=np.isnan(values))
+    columns = [made[field.name] for field in schema]
+    return pa.RecordBatch.from_arrays(
+        [
+            column if isinstance(column, pa.Array) else pa.array(column, field.type)
+            for column, field in zip(columns, schema, strict=True)
+        ],
+        schema=schema,
+    )
