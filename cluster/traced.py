@@ -1,11 +1,12 @@
 """A trace out of the record: as pieces to replay, and as Arrow."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cluster.spec import TRACE
 from db import devices, jobs
 from db.errors import BadInput
 from db.records import JobState, RunRow, TracedSample
@@ -19,8 +20,6 @@ from workers.pinned import Pinned
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: the kind, and the label, of the runs of a trace: no policy, for nothing is decided
-TRACE = "trace"
 #: tokens of a piece, about: its arrays stay in the processor's cache
 _PIECE_TOKENS = 20_000
 
@@ -51,11 +50,15 @@ class Trace:
 
     def pieces(self) -> Iterator[Traced]:
         """What `engine.replay.replay.replay` takes: whole batches, in order."""
+        return (piece for piece, _ in self.numbered_pieces())
+
+    def numbered_pieces(self) -> Iterator[tuple[Traced, list[int]]]:
+        """The same, each with the positions of its samples in the benchmark."""
         number = {name: place for place, name in enumerate(self.groups)}
         size = self.pinned.batch_size
         batches = max(1, _PIECE_TOKENS // (size * self.pinned.max_new_tokens))
         for samples in self.samples(size * batches):
-            yield self._piece(samples, number)
+            yield self._piece(samples, number), [one.position for one in samples]
 
     def cost_model(self) -> CostModel | None:
         """None where the record does not know what the job's device class reaches: the job was imported."""
@@ -113,7 +116,8 @@ def trace_schema() -> "pa.Schema":
     """The columns of a trace: a row a token of a target and exit point, full depth the last one."""
     import pyarrow as pa
 
-    floats = ("probability", "margin", "entropy", "similarity", "p_continue", "p_exit", "p_stop")
+    from db.trace_parquet import CELL_FIELDS
+
     return pa.schema(
         [
             ("run_id", pa.int64()),
@@ -122,12 +126,7 @@ def trace_schema() -> "pa.Schema":
             ("sample", pa.string()),
             ("source_group", pa.string()),
             ("language", pa.string()),
-            ("position", pa.int32()),  # in the target, from 1
-            ("exit_layer", pa.int16()),
-            ("target_id", pa.int32()),
-            ("token_id", pa.int32()),
-            ("rank", pa.int32()),  # 1: the target is the most likely; null: this head cannot predict it
-            *((name, pa.float32()) for name in floats),  # p_…: null without a controller
+            *CELL_FIELDS,
         ]
     )
 
@@ -141,44 +140,18 @@ def trace_batches(trace: Trace, schema: "pa.Schema") -> "Iterator[pa.RecordBatch
 def _arrow(trace: Trace, samples: list[TracedSample], schema: "pa.Schema") -> "pa.RecordBatch":
     import pyarrow as pa
 
-    points = len(trace.points)
-    cells = np.array([len(one.arrays) * points for one in samples])
+    from db.trace_parquet import cells
 
-    def by_sample(values: list[object], kind: "pa.DataType") -> "pa.Array":
-        return pa.array(values, type=kind).take(pa.array(np.repeat(np.arange(len(samples)), cells)))
-
-    def by_cell(column: Callable[[TracedSample], "np.ndarray"]) -> "np.ndarray":
-        return np.concatenate([column(one).T.ravel() for one in samples])
-
-    def by_token(column: Callable[[TracedSample], "np.ndarray"]) -> "np.ndarray":
-        return np.concatenate([np.repeat(column(one), points) for one in samples])
-
-    ranks = by_cell(lambda one: one.arrays.ranks)
-    made = {
-        "run_id": np.full(int(cells.sum()), trace.run.id),
-        "benchmark": by_sample([trace.run.benchmark] * len(samples), pa.string()),
-        "sample_id": np.repeat([one.sample_id for one in samples], cells),
-        "sample": by_sample([one.name for one in samples], pa.string()),
-        "source_group": by_sample([one.source_group for one in samples], pa.string()),
-        "language": by_sample([one.language for one in samples], pa.string()),
-        "position": by_token(lambda one: np.arange(1, len(one.arrays) + 1)),
-        "exit_layer": np.tile(trace.points, int(cells.sum()) // points),
-        "target_id": by_token(lambda one: one.arrays.targets),
-        "token_id": by_cell(lambda one: one.arrays.tokens),
-        "rank": pa.array(ranks + 1, pa.int32(), mask=ranks < 0),
-        "probability": by_cell(lambda one: one.arrays.probabilities),
-        "margin": by_cell(lambda one: one.arrays.margins),
-        "entropy": by_cell(lambda one: one.arrays.entropies),
-        "similarity": by_cell(lambda one: one.arrays.similarities),
+    counts = np.array([len(one.arrays) * len(trace.points) for one in samples])
+    place = pa.array(np.repeat(np.arange(len(samples)), counts))
+    of_sample = {
+        "run_id": [trace.run.id] * len(samples),
+        "benchmark": [trace.run.benchmark] * len(samples),
+        "sample_id": [one.sample_id for one in samples],
+        "sample": [one.name for one in samples],
+        "source_group": [one.source_group for one in samples],
+        "language": [one.language for one in samples],
     }
-    for place, name in enumerate(("p_continue", "p_exit", "p_stop")):
-        values = by_cell(lambda one, place=place: one.arrays.controller[:, place])  # type: ignore[misc]
-        made[name] = pa.array(values, pa.float32(), mask=np.isnan(values))
-    columns = [made[field.name] for field in schema]
-    return pa.RecordBatch.from_arrays(
-        [
-            column if isinstance(column, pa.Array) else pa.array(column, field.type)
-            for column, field in zip(columns, schema, strict=True)
-        ],
-        schema=schema,
-    )
+    columns = {name: pa.array(values, schema.field(name).type).take(place) for name, values in of_sample.items()}
+    columns |= cells([one.arrays for one in samples], trace.points)
+    return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from sqlalchemy import Connection, and_, insert, select
+from sqlalchemy import Connection, and_, func, insert, select
 
 from db.errors import BadInput, Missing, RecordError
-from db.records import TraceArrays, TracedSample, TraceRow
+from db.jobs import runs_of
+from db.records import RunRow, TraceArrays, TracedSample, TraceRow
 from db.session import Database
 from db.tables import benchmark, run, sample, trace
 
@@ -55,26 +56,26 @@ def traces(db: Database, run_id: int, *, samples: int = 512) -> Iterator[list[Tr
 
     Samples that ended with an error have none. No transaction is open between two pieces. Raises `Missing`.
     """
-    asked = select(run.c.benchmark_id, benchmark.c.n_samples).join(benchmark).where(run.c.id == run_id)
     with db.read() as connection:
-        found = connection.execute(asked).one_or_none()
-    if found is None:
-        raise Missing(f"run {run_id} does not exist; `shortstop show` lists the runs of a job.")
-    for first in range(0, found.n_samples, samples):
-        within = (
-            sample.c.benchmark_id == found.benchmark_id,
-            sample.c.position >= first,
-            sample.c.position < first + samples,
-        )
-        chosen = (
-            select(*_SAMPLE, *_ROW)
-            .join(trace, and_(trace.c.sample_id == sample.c.id, trace.c.run_id == run_id))
-            .where(*within)
-        )
+        of_job = connection.execute(select(run.c.job_id).where(run.c.id == run_id)).scalar_one_or_none()
+        if of_job is None:
+            raise Missing(f"run {run_id} does not exist; `shortstop show` lists the runs of a job.")
+        [one] = [one for one in runs_of(connection, of_job) if one.id == run_id]
+        size = select(benchmark.c.n_samples).where(benchmark.c.id == one.benchmark_id)
+        n_samples = connection.execute(size).scalar_one()
+    for first in range(0, n_samples, samples):
         with db.read() as connection:
-            rows = connection.execute(chosen.order_by(sample.c.position)).all()
-        if rows:
-            yield [TracedSample(*row[:7], arrays=unpack(*row[7:])) for row in rows]
+            found = read_traces(connection, one, first, first + samples)
+        if found:
+            yield found
+
+
+def read_traces(connection: Connection, one: RunRow, first: int, end: int) -> list[TracedSample]:
+    """The traces of a run at positions `[first, end)` of its benchmark, in order, inside the caller's transaction."""
+    within = (sample.c.benchmark_id == one.benchmark_id, sample.c.position >= first, sample.c.position < end)
+    of_run = and_(trace.c.sample_id == sample.c.id, trace.c.run_id == one.id)
+    chosen = select(*_SAMPLE, *_ROW).join(trace, of_run).where(*within).order_by(sample.c.position)
+    return [TracedSample(*row[:7], arrays=unpack(*row[7:])) for row in connection.execute(chosen)]
 
 
 def source_groups(db: Database, run_id: int) -> list[str]:
@@ -82,6 +83,13 @@ def source_groups(db: Database, run_id: int) -> list[str]:
     chosen = select(sample.c.source_group).join(trace).where(trace.c.run_id == run_id).distinct()
     with db.read() as connection:
         return sorted(connection.execute(chosen).scalars())
+
+
+def traced_tokens(db: Database, run_id: int) -> int:
+    """Tokens of all targets of a trace."""
+    total = select(func.coalesce(func.sum(trace.c.n_tokens), 0)).where(trace.c.run_id == run_id)
+    with db.read() as connection:
+        return int(connection.execute(total).scalar_one())
 
 
 def pack(arrays: TraceArrays) -> bytes:

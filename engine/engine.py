@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine import matrices
 from engine.architectures import build_stack, check_family
-from engine.cost import Machine, cost
+from engine.cost import Cost, Machine, Work, cost
 from engine.decode import Decoding, Ends, Prefill, prefill
 from engine.device import describe_device_class, find_device
 from engine.errors import BadInput, NumericalError, OutOfMemory
@@ -28,6 +28,7 @@ from engine.record import Completion, Decoded, Finish, TokenRecords
 from engine.spec import Compile, DType, PolicySpec, parse_policy
 from engine.stopwatch import Stopwatch
 from engine.text import Prompt, Text
+from engine.trace import TracedBatch, Tracing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -202,7 +203,7 @@ class Engine:
             self._completion(prompt, record, finish)
             for prompt, record, finish in zip(prefilled.prompts, decoding.records, decoding.finishes, strict=True)
         ]
-        price = cost(decoding.work, self.stack.shape, self.machine)
+        price = self.price(decoding.work)
         written = sum(completion.n_tokens - 1 for completion in completions)
         return Decoded(
             completions,
@@ -213,6 +214,22 @@ class Engine:
             drafted=decoding.drafted,
             drafts_kept=decoding.drafts_kept,
         )
+
+    @memory_errors
+    @torch.inference_mode()
+    def trace(self, prompts: list[Prompt], targets: list[list[int]]) -> TracedBatch:
+        """What every exit point, and full depth behind them, predicts for each token of the targets, teacher-forced.
+
+        targets: token ids, one at least for each prompt. Raises `NumericalError`, `OutOfMemory`.
+        """
+        self._take_threads()
+        _ = self.kernels  # chosen before the clock starts
+        ids = [prompt.token_ids for prompt in prompts]
+        return Tracing(self.stack, self.heads, ids, targets, self._allowed(prompts)).run()
+
+    def price(self, work: Work) -> Cost:
+        """What some work costs on this device at best."""
+        return cost(work, self.stack.shape, self.machine)
 
     def complete(
         self,

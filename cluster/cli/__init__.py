@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 import cluster.errors
 import db.errors
 import engine.errors
-from cluster.cli import catalogue, exchange, finished, fleet, jobs, machine, query, serve, status, training
+from cluster.cli import catalogue, exchange, finished, fleet, jobs, machine, query, serve, status, traces, training
 from cluster.cli.output import note
 
 
@@ -81,6 +81,8 @@ for command in (
     catalogue.models,
     catalogue.policies,
     training.train,
+    traces.trace,
+    traces.replay,
     serve.serve,
     machine.doctor,
 ):
