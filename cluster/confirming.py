@@ -64,7 +64,7 @@ def confirm_live(
     """
     finalists = [parse_policy(one.spec) for one in _finalists(found, count)]
     variants = list(dict.fromkeys(variant for one in finalists for variant in _ways(one)))
-    replayed = replay_trace(db, trace, ReplaySpec(policies=[one.dump() for one in variants])).policies
+    replayed = replay_trace(trace, ReplaySpec(policies=[one.dump() for one in variants])).policies
     spec = _live_spec(db, trace, variants)
     job_id = cluster_jobs.submit(db, spec)
     state = cluster_jobs.work(

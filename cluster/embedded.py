@@ -175,7 +175,7 @@ def replay(
     with closing(open_database(_settings(database).database_url, create=False)) as db:
         trace = trace_of(db, job, benchmark)
         asked = default_policies(trace.pinned.controller) if policies is None else policies
-        return replay_trace(db, trace, parse_replay(asked))
+        return replay_trace(trace, parse_replay(asked))
 
 
 def _work(db: Database, job_id: int, settings: Settings, inline: bool) -> None:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,12 +10,13 @@ import numpy as np
 
 from cluster.grids import ReplaySpec, expand
 from cluster.traced import Trace
-from db.session import Database
 from db.traces import traced_tokens
 from engine.errors import BadInput
 from engine.replay.decide import check_replayable
 from engine.replay.figures import FIGURES
 from engine.replay.replay import replay
+from engine.replay.traced import Traced
+from engine.spec import PolicySpec
 
 
 @dataclass(frozen=True)
@@ -66,43 +67,61 @@ class ReplayReport:
         """Plain values."""
         return asdict(self)
 
-    def as_csv(self) -> str:
-        """A row a policy, each figure with its interval."""
-        text = io.StringIO()
-        names = [name for name in FIGURES if self.policies and name in self.policies[0].figures]
-        writer = csv.writer(text, lineterminator="\n")
-        bounds = [column for name in names for column in (name, f"{name}_low", f"{name}_high")]
-        writer.writerow(["policy", "kind", "front", "stopped", *bounds])
-        for one in self.policies:
-            values = [value for name in names for value in asdict(one.figures[name]).values()]
-            writer.writerow([one.policy, one.kind, int(one.front), one.stopped, *values])
-        return text.getvalue()
+
+def to_csv(reports: Sequence[ReplayReport]) -> str:
+    """A row a benchmark and policy, each figure with its interval."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    bounds = [column for name in FIGURES for column in (name, f"{name}_low", f"{name}_high")]
+    writer.writerow(["benchmark", "policy", "kind", "front", "stopped", *bounds])
+    unknown = Estimate(None, None, None)
+    for report in reports:
+        for one in report.policies:
+            values = [value for name in FIGURES for value in asdict(one.figures.get(name, unknown)).values()]
+            writer.writerow([report.benchmark, one.policy, one.kind, int(one.front), one.stopped, *values])
+    return text.getvalue()
 
 
 def replay_trace(
-    db: Database,
     trace: Trace,
     asked: ReplaySpec,
     *,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> ReplayReport:
     """Apply the policies that are asked for to a trace. Raises `BadInput`, before anything is read."""
+    policies, tokens = _checked(trace, asked)
+    total = tokens * len(policies)
+    return _report(trace, policies, trace.pieces, lambda done, _: on_progress(done, total))
+
+
+def replay_part(trace: Trace, asked: ReplaySpec, tokens: int) -> ReplayReport:
+    """The same over about so many tokens at the most, see `Trace.part`. Raises `BadInput`."""
+    policies, _ = _checked(trace, asked)
+    part = trace.part(tokens)
+    return _report(trace, policies, lambda: [part], lambda done, of: None)
+
+
+def _checked(trace: Trace, asked: ReplaySpec) -> tuple[list[PolicySpec], int]:
+    """The policies that are asked for, and the tokens of the trace. Raises `BadInput`."""
     pinned, run = trace.pinned, trace.run
     check_made_for(trace, asked)
-    tokens = traced_tokens(db, run.id)
+    tokens = traced_tokens(trace.db, run.id)
     if not tokens:
         raise BadInput(f"job {run.job_id}: its trace of {run.benchmark!r} has no tokens; its samples are all errors.")
     policies = expand(asked.policies, tokens, len(trace.points))
     for policy in policies:
         check_replayable(policy, pinned.exit_points, pinned.n_layers, pinned.controller)
-    total = tokens * len(policies)
-    found = replay(
-        trace.pieces,
-        policies,
-        groups=len(trace.groups),
-        model=trace.cost_model(),
-        on_progress=lambda done, _: on_progress(done, total),
-    )
+    return policies, tokens
+
+
+def _report(
+    trace: Trace,
+    policies: list[PolicySpec],
+    pieces: Callable[[], Iterable[Traced]],
+    on_progress: Callable[[int, int], None],
+) -> ReplayReport:
+    pinned, run = trace.pinned, trace.run
+    found = replay(pieces, policies, groups=len(trace.groups), model=trace.cost_model(), on_progress=on_progress)
     rows = [
         ReplayedPolicy(
             policy=policy.label,

@@ -46,7 +46,7 @@ class JobSpec(Spec):
     seed: int = 0
     generation: Generation = Generation()
     benchmarks: list[Any] = Field(min_length=1)
-    policies: list[Any] = Field(["full"], min_length=1)
+    policies: list[Any] = Field(["full"], min_length=1, validate_default=True)
     trace: Literal["reference", "full"] | None = Field(
         None, description="a trace in the place of policies: of the reference, or of the model's own completion"
     )

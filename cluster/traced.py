@@ -11,7 +11,7 @@ from db import devices, jobs
 from db.errors import BadInput
 from db.records import JobState, RunRow, TracedSample
 from db.session import Database
-from db.traces import source_groups, traces
+from db.traces import source_groups, traced_tokens, traces
 from engine.cost import Machine, Shape
 from engine.replay.ideal import CostModel
 from engine.replay.traced import Traced
@@ -60,6 +60,13 @@ class Trace:
         for samples in self.samples(size * batches):
             yield self._piece(samples, number), [one.position for one in samples]
 
+    def part(self, tokens: int) -> Traced:
+        """About so many tokens at the most: whole batches, evenly spread over the benchmark."""
+        every = max(1, -(-traced_tokens(self.db, self.run.id) // tokens))
+        batches = traces(self.db, self.run.id, samples=self.pinned.batch_size, every=every)
+        number = {name: place for place, name in enumerate(self.groups)}
+        return self._piece([one for batch in batches for one in batch], number)
+
     def cost_model(self) -> CostModel | None:
         """None where the record does not know what the job's device class reaches: the job was imported."""
         reaches = devices.known_plan(self.db, self.pinned.device_class)
@@ -87,29 +94,32 @@ class Trace:
         )
 
 
-def traces_of(db: Database, job_id: int) -> list[Trace]:
-    """The traces of a job, one for each benchmark. Raises `BadInput` where it is no trace, or is not done."""
+def traces_of(db: Database, job_id: int, benchmark: str | None = None) -> list[Trace]:
+    """The traces of a job, one for each benchmark, or that of the one which is named.
+
+    Raises `Missing`, and `BadInput` where the job is no trace, is not done, or knows no such benchmark.
+    """
     job = jobs.job(db, job_id)
     runs = [run for run in jobs.runs(db, job_id) if run.policy_kind == TRACE]
-    if job.pinned is not None and not runs:
+    if job.spec.get("trace") is None and not runs:
         raise BadInput(f"job {job_id} is no trace; make one of the same spec with `shortstop trace SPEC`.")
     if job.state is not JobState.DONE:
         raise BadInput(f"job {job_id} is {job.state}, and a trace can be asked when it is done; wait, or resume it.")
     pinned = Pinned.model_validate(job.pinned)
-    return [Trace(db, run, pinned, tuple(source_groups(db, run.id))) for run in runs]
+    chosen = [run for run in runs if benchmark in (None, run.benchmark)]
+    if not chosen:
+        known = ", ".join(repr(run.benchmark) for run in runs)
+        raise BadInput(f"job {job_id} has no trace of benchmark {benchmark!r}; name one of {known}.")
+    return [Trace(db, run, pinned, tuple(source_groups(db, run.id))) for run in chosen]
 
 
 def trace_of(db: Database, job_id: int, benchmark: str | None = None) -> Trace:
-    """The trace of a job's only benchmark, or of the one that is named. Raises `BadInput`."""
-    found = traces_of(db, job_id)
-    names = [one.run.benchmark for one in found]
-    if benchmark is None and len(found) == 1:
-        return found[0]
-    if benchmark not in names:
-        known = ", ".join(map(repr, names))
-        said = "has several benchmarks" if benchmark is None else f"has no benchmark {benchmark!r}"
-        raise BadInput(f"job {job_id} {said}; name one of {known}.")
-    return found[names.index(benchmark)]
+    """The trace of a job's only benchmark, or of the one that is named. Raises as `traces_of` does."""
+    found = traces_of(db, job_id, benchmark)
+    if len(found) > 1:
+        known = ", ".join(repr(one.run.benchmark) for one in found)
+        raise BadInput(f"job {job_id} has traces of several benchmarks; name one of {known}.")
+    return found[0]
 
 
 def trace_schema() -> "pa.Schema":

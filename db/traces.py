@@ -51,9 +51,10 @@ def insert_traces(connection: Connection, traces: Sequence[TraceRow]) -> None:
     connection.execute(insert(trace), rows)
 
 
-def traces(db: Database, run_id: int, *, samples: int = 512) -> Iterator[list[TracedSample]]:
+def traces(db: Database, run_id: int, *, samples: int = 512, every: int = 1) -> Iterator[list[TracedSample]]:
     """The traces of a run in the benchmark's order, those of so many neighbouring samples at a time.
 
+    every: of these pieces only the first, the one so many later, and so on.
     Samples that ended with an error have none. No transaction is open between two pieces. Raises `Missing`.
     """
     with db.read() as connection:
@@ -63,7 +64,7 @@ def traces(db: Database, run_id: int, *, samples: int = 512) -> Iterator[list[Tr
         [one] = [one for one in runs_of(connection, of_job) if one.id == run_id]
         size = select(benchmark.c.n_samples).where(benchmark.c.id == one.benchmark_id)
         n_samples = connection.execute(size).scalar_one()
-    for first in range(0, n_samples, samples):
+    for first in range(0, n_samples, samples * every):
         with db.read() as connection:
             found = read_traces(connection, one, first, first + samples)
         if found:

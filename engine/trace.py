@@ -20,6 +20,8 @@ from engine.stopwatch import Stopwatch
 
 #: states that a head is evaluated on at once: their logits are copied a few times
 _AT_ONCE = 128
+#: the logit of what a first token cannot be: its probability is 0, and a sum over it stays a number
+_RULED_OUT = -1e30
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,10 @@ class Tracing:
         states = stack.embed(torch.tensor(self.ids, device=self.device), positions)
         kept, depth = [], 0
         for point in self.points:
-            before = states = stack.run(states, span, cache, depth, point - 1)
+            states = stack.run(states, span, cache, depth, point - 1)
+            before = states[self.places]  # a copy: layers may work in place
             states = stack.run(states, span, cache, point - 1, point)
-            kept.append((states[self.places], before[self.places]))
+            kept.append((states[self.places], before))
             self.work.run(layers=point - depth, tokens=span.size, context=span.context, cached=sum(span.reach))
             depth = point
         return kept
@@ -150,7 +153,7 @@ class Tracing:
             "probabilities": prediction.confidences,
             "margins": prediction.margins,
             "entropies": _entropies(prediction.logits),
-            "ranks": torch.where((places < 0) | own[:, 0].isneginf(), -1, ranks),
+            "ranks": torch.where((places < 0) | (own[:, 0] == _RULED_OUT), -1, ranks),
         }
 
     def _restrict(self, logits: Tensor, first: int, short: Tensor | None) -> None:
@@ -164,7 +167,7 @@ class Tracing:
                 ids = ids[ids >= 0]
             if len(ids):
                 kept = logits[place - first, ids]
-                logits[place - first] = -torch.inf
+                logits[place - first] = _RULED_OUT
                 logits[place - first, ids] = kept
 
     def _check_finite(self, point: int, probabilities: Tensor) -> None:
@@ -178,6 +181,6 @@ class Tracing:
 
 
 def _entropies(logits: Tensor) -> Tensor:
-    """As `Prediction.entropies`, where some tokens are ruled out: these add nothing."""
-    logs = logits.log_softmax(dim=-1)
-    return -torch.where(logs.isneginf(), 0.0, logs.exp() * logs).sum(dim=-1)
+    """As `Prediction.entropies`, with fewer goes over the logits: ln Z - sum p l."""
+    total = logits.logsumexp(dim=-1)
+    return total - torch.linalg.vecdot((logits - total[:, None]).exp_(), logits)

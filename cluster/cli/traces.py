@@ -1,5 +1,6 @@
 """`shortstop trace` and `shortstop replay`: record once, ask a thousand times."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +25,8 @@ from engine.errors import BadInput
 
 if TYPE_CHECKING:
     from cluster.confirming import Confirmed
-    from cluster.replays import ReplayReport
+    from cluster.grids import ReplaySpec
+    from cluster.replays import Estimate, ReplayReport
 
 Target = Annotated[
     str | None,
@@ -42,7 +44,7 @@ Policies = Annotated[
     ),
 ]
 BenchmarkName = Annotated[
-    str | None, typer.Option("--benchmark", metavar="NAME", help="Which, where the trace has several.")
+    str | None, typer.Option("--benchmark", metavar="NAME", help="Which; without it all that were traced.")
 ]
 Confirm = Annotated[
     int | None,
@@ -96,44 +98,58 @@ def replay(
 ) -> None:
     """Apply policies to a trace, without the model: every kind with many thresholds where none is named."""
     from cluster.cli.progress import watch
-    from cluster.grids import ReplaySpec, default_policies, read_replay
-    from cluster.replays import replay_trace
-    from cluster.traced import trace_of
+    from cluster.replays import replay_trace, to_csv
+    from cluster.traced import traces_of
 
     table, page = writable(csv), writable(html)
     settings = start(database, workers)
     with opened(settings, create=False) as db:
-        asked_trace = trace_of(db, job, benchmark)
-        given = [read_replay(text) for text in policy or []]
-        asked = given[0] if given else ReplaySpec(policies=default_policies(asked_trace.pinned.controller))
-        for more in given[1:]:
-            if more.model_copy(update={"policies": asked.policies}) != ReplaySpec(policies=asked.policies):
-                raise BadInput("--policy: only one file may say what its policies are for; give it first.")
-            asked = asked.model_copy(update={"policies": [*asked.policies, *more.policies]})
-        with watch() as shown:
-            found = replay_trace(
-                db, asked_trace, asked, on_progress=lambda done, of: shown.show("replaying", done, of, "tokens")
+        traces = traces_of(db, job, benchmark)
+        if len(traces) > 1 and (page or confirm):
+            names = ", ".join(repr(one.run.benchmark) for one in traces)
+            raise BadInput(
+                f"--{'html' if page else 'confirm'} takes one benchmark; name one of {names} by --benchmark."
             )
-        confirmed = None
+        asked = _asked(policy or [], traces[0].pinned.controller)
+        with watch() as shown:
+            found = [
+                replay_trace(one, asked, on_progress=lambda done, of: shown.show("replaying", done, of, "tokens"))
+                for one in traces
+            ]
+        confirmed: list[Confirmed] = []
         if confirm is not None:
             from cluster.confirming import confirm_live
 
-            note(f"running the {confirm} best live")
-            confirmed = confirm_live(db, asked_trace, found, confirm, settings, inline=inline)
+            note(f"running {confirm} of the best live, under every way of paying for skipped layers")
+            confirmed = confirm_live(db, traces[0], found[0], confirm, settings, inline=inline)
         if page is not None:
             from cluster.reports.replay_page import write_replay_page
 
-            write_replay_page(asked_trace, found, page)
+            write_replay_page(traces[0], found[0], page)
             note(f"page written to {page}")
     if table is not None:
-        _write(table, found.as_csv())
+        _write(table, to_csv(found))
         note(f"table written to {table}")
     if as_json:
-        print_json(found.as_json() | ({} if confirmed is None else {"confirmed": confirmed}))
+        print_json({"replays": [one.as_json() for one in found], "confirmed": confirmed})
         return
-    _print(found)
-    if confirmed is not None:
+    for report in found:
+        _print(report)
+    if confirmed:
         _print_confirmed(confirmed)
+
+
+def _asked(texts: list[str], has_controller: bool) -> "ReplaySpec":
+    """All that the options name, in order. Raises `BadInput`."""
+    from cluster.grids import ReplaySpec, default_policies, read_replay
+
+    if not texts:
+        return ReplaySpec(policies=default_policies(has_controller))
+    first, *others = [read_replay(text) for text in texts]
+    for more in others:
+        if more != ReplaySpec(policies=more.policies):
+            raise BadInput("--policy: only the first file may say what its policies are for; give it first.")
+    return first.model_copy(update={"policies": [entry for one in (first, *others) for entry in one.policies]})
 
 
 def _write(file: Path, text: str) -> None:
@@ -146,25 +162,14 @@ def _write(file: Path, text: str) -> None:
 def _print(found: "ReplayReport") -> None:
     from cluster.reports import formats as f
 
-    shown = found.policies if len(found.policies) <= _MOST_ROWS else found.best()[:_MOST_ROWS]
-    of = (
-        f"{len(found.policies):,} policies"
-        if len(shown) == len(found.policies)
-        else (f"the Pareto front of {len(found.policies):,} policies")
-    )
+    is_short = len(found.policies) <= _MOST_ROWS
+    shown = found.policies if is_short else found.best()[:_MOST_ROWS]
+    of = f"{len(found.policies):,} policies" if is_short else f"the Pareto front of {len(found.policies):,} policies"
     print(
         f"job {found.job_id}, {found.benchmark}, target {found.target}: {of} over {found.tokens:,} tokens of "
         f"{found.samples:,} samples, {found.groups:,} source groups\n"
     )
-
-    def cell(row: object, name: str, form: object) -> str:
-        estimate = row.figures.get(name)  # type: ignore[attr-defined]
-        if estimate is None or estimate.value is None:
-            return "–"
-        told = form(estimate.value)  # type: ignore[operator]
-        return told if estimate.low is None else f"{told} ({form(estimate.low)}–{form(estimate.high)})"  # type: ignore[operator]
-
-    columns = {
+    columns: dict[str, tuple[str, Callable[[float | None], str]]] = {
         "ideal speed": ("speedup_ideal", f.times),
         "tokens right": ("tokens_right", f.percent),
         "agreement": ("agreement", f.percent),
@@ -175,11 +180,22 @@ def _print(found: "ReplayReport") -> None:
     print_table(
         ["", "policy", *columns],
         [
-            ["*" if row.front else "", row.policy, *(cell(row, name, form) for name, form in columns.values())]
+            [
+                "*" if row.front else "",
+                row.policy,
+                *(_cell(row.figures.get(name), form) for name, form in columns.values()),
+            ]
             for row in shown
         ],
     )
-    print("\n* on the Pareto front of ideal speed and tokens right; intervals at 95 % over source groups")
+    print("\n* on the Pareto front of ideal speed and tokens right; intervals at 95 % over source groups\n")
+
+
+def _cell(estimate: "Estimate | None", form: "Callable[[float | None], str]") -> str:
+    if estimate is None:
+        return form(None)
+    interval = "" if estimate.low is None else f" ({form(estimate.low)}–{form(estimate.high)})"
+    return form(estimate.value) + interval
 
 
 def _print_confirmed(confirmed: "list[Confirmed]") -> None:

@@ -31,10 +31,9 @@ from engine.spec import (
     StateSimilarity,
 )
 
-_EXIT, _STOP = 1, 2  #: places of the classes of a controller
-
-#: for each usable point, by place: which tokens leave there
+#: by place: which tokens leave there
 Masks = dict[int, Array]
+Rule = Callable[[Any, Traced], Array]
 
 
 class Oracle(PolicySpec):
@@ -48,10 +47,11 @@ class Oracle(PolicySpec):
 class Decisions:
     """What a policy does with each of n tokens."""
 
-    places: Array  #: [n] place of the point where the token was decided; full depth is the last one
-    stops: Array | None  #: [n] whether it was given up there; None: this policy never stops
-    behind: Array | None  #: [n] whether it comes after a stop, and never was
-    forced: Array  #: [n] whether it could not leave: a first token, or one that followed too many that had left
+    places: Array  #: [n] int8, place of the point where the token was decided; full depth is the last one
+    stops: Array | None = None  #: [n] whether it was given up there; None: this policy never stops
+    behind: Array | None = None  #: [n] whether it comes after a stop, and never was
+    #: [n] whether it could not leave: a first token, or behind too many that had left; None: only those of step 0
+    forced: Array | None = None
 
     @property
     def written(self) -> Array | None:
@@ -84,59 +84,62 @@ def check_replayable(policy: PolicySpec, exit_points: tuple[int, ...], n_layers:
 
 def decide(policy: PolicySpec, traced: Traced) -> Decisions:
     """What a policy that `check_replayable` let pass does with the tokens of a trace."""
-    first = traced.steps < policy.full_first
     if isinstance(policy, Controller):
-        return _controlled(policy, traced, first)
-    wants = np.full(len(traced), traced.last, np.int8)
-    for place, mask in reversed(_RULES[type(policy)](policy, traced).items()):
-        wants[mask] = place
-    wants[first] = traced.last
-    forced = first | _held_back(policy, wants < traced.last)
-    return Decisions(np.where(forced, np.int8(traced.last), wants), None, None, forced)
+        return _controlled(policy, traced)
+    wants = _RULES[type(policy)](policy, traced)
+    wants[traced.steps < policy.full_first] = traced.last
+    held_back = _held_back(policy, wants < traced.last)
+    if held_back is not None:
+        wants[held_back] = traced.last
+    return Decisions(wants, forced=_forced(policy, traced, held_back))
 
 
-def usable_places(policy: PolicySpec, traced: Traced) -> list[int]:
-    """Places of the points at which a token may leave."""
-    usable = usable_points(policy, traced.exit_points, traced.n_layers)
-    return [place for place, point in enumerate(traced.points) if point in usable]
+def usable_places(policy: PolicySpec, traced: Traced) -> range:
+    """Places of the points at which a token may leave: neighbours, up to the one before full depth."""
+    return range(traced.last - len(usable_points(policy, traced.exit_points, traced.n_layers)), traced.last)
 
 
-def _held_back(policy: PolicySpec, wants: Array) -> Array:
-    """[n] tokens that want to leave and may not, because too many before them have."""
+def _held_back(policy: PolicySpec, wants: Array) -> Array | None:
+    """[n] tokens that want to leave and may not, because too many before them have; None: there are none."""
     limits = [policy.max_exits_in_row, policy.max_debt if policy.kv == "recompute" else None]
     most = min((limit for limit in limits if limit is not None), default=None)
-    if most is None or not wants.any():
-        return np.zeros(len(wants), np.bool_)
+    if most is None:
+        return None
     # A sample's first token never wants to, so no run goes from one sample into the next.
     here = np.arange(len(wants))
     stayed = np.maximum.accumulate(np.where(wants, -1, here))
-    return wants & ((here - stayed) % (most + 1) == 0)
+    held_back = wants & ((here - stayed) % (most + 1) == 0)
+    return held_back if held_back.any() else None
 
 
-def _controlled(policy: Controller, traced: Traced, first: Array) -> Decisions:
+def _forced(policy: PolicySpec, traced: Traced, held_back: Array | None) -> Array | None:
+    if policy.full_first == 1 and held_back is None:
+        return None
+    first = traced.steps < policy.full_first
+    return first if held_back is None else first | held_back
+
+
+def _controlled(policy: Controller, traced: Traced) -> Decisions:
     """SEC's rule: the likeliest class acts where its probability exceeds its threshold. Behind the last layer it can
     only stop; a token that may not leave can still be given up.
     """
-    n, last = len(traced), traced.last
-    leaves, gives_up = np.full(n, last, np.int8), np.full(n, last + 1, np.int8)
-    places = usable_places(policy, traced)
+    last, places = traced.last, usable_places(policy, traced)
+    leaves = _first_place(traced, "exits", places, policy.exit)
+    gives_up = _first_place(traced, "stops", places, policy.stop)
     if traced.n_layers in traced.exit_points:
-        places.append(last)
-    winner, top = traced.winners
-    for place in reversed(places):
-        if place < last:
-            leaves[(winner[place] == _EXIT) & (top[place] > policy.exit)] = place
-        gives_up[(winner[place] == _STOP) & (top[place] > policy.stop)] = place
-    gives_up[first] = last + 1
-    leaves[first] = last
-    wants = (leaves < last) & (leaves < gives_up)
-    forced = first | _held_back(policy, wants)
-    leaves[forced] = last
-    stops = gives_up <= last
-    stops &= forced | ~wants
-    taken = np.where(stops, gives_up, np.where(wants, leaves, np.int8(last)))
+        gives_up[(gives_up == last) & ~(traced.stops[last] > policy.stop)] = last + 1
+    else:
+        gives_up[gives_up == last] = last + 1
+    first = traced.steps < policy.full_first
+    leaves[first], gives_up[first] = last, last + 1
+    wants = leaves < np.minimum(gives_up, last)
+    held_back = _held_back(policy, wants)
+    if held_back is not None:
+        leaves[held_back], wants[held_back] = last, False
+    stops = (gives_up <= last) & ~wants
     behind = _behind_a_stop(stops, traced)
-    return Decisions(taken, stops & ~behind, behind, forced)
+    taken = np.where(stops, gives_up, leaves)
+    return Decisions(taken, stops & ~behind, behind, _forced(policy, traced, held_back))
 
 
 def _behind_a_stop(stops: Array, traced: Traced) -> Array:
@@ -145,42 +148,60 @@ def _behind_a_stop(stops: Array, traced: Traced) -> Array:
     return np.asarray(before > np.repeat(before[traced.starts], traced.lengths))
 
 
-def _by_threshold(column: str, above: bool = True) -> Callable[[Any, Traced], Masks]:
-    def masks(policy: Any, traced: Traced) -> Masks:
-        values: Array = getattr(traced, column)
-        places = usable_places(policy, traced)
-        if above:
-            return {place: values[place] > policy.threshold for place in places}
-        return {place: values[place] < policy.threshold for place in places}
+def _first_place(traced: Traced, column: str, places: range, threshold: Any, sign: int = 1) -> Array:
+    """[n] the first of these places at which a signal exceeds its threshold; full depth where none does.
 
-    return masks
+    A token goes on as often as the highest of the signal so far has not exceeded the threshold.
+    """
+    first = np.full(len(traced), places.start, np.int8)
+    for highest in traced.so_far(column, places, sign):
+        first += (highest <= threshold).view(np.int8)
+    return first
 
 
-def _confident(policy: Confidence, traced: Traced) -> Masks:
+def _by_threshold(column: str) -> Rule:
+    def places(policy: Any, traced: Traced) -> Array:
+        usable = usable_places(policy, traced)
+        if column == "entropies":  # the lower the surer
+            return _first_place(traced, column, usable, -policy.threshold, sign=-1)
+        return _first_place(traced, column, usable, policy.threshold)
+
+    return places
+
+
+def _confident(policy: Confidence, traced: Traced) -> Array:
     if policy.decay is None:
         return _by_threshold("probabilities")(policy, traced)
     decayed = 0.9 * policy.threshold + 0.1 * np.exp(-policy.decay * traced.steps / traced.max_new_tokens)
     threshold = np.minimum(1.0, decayed).astype(np.float32)
-    return {place: traced.probabilities[place] > threshold for place in usable_places(policy, traced)}
+    return _first_place(traced, "probabilities", usable_places(policy, traced), threshold)
 
 
-def _patient(policy: Patience, traced: Traced) -> Masks:
+def _first(masks: Masks, traced: Traced) -> Array:
+    """[n] the first place at which a token is in its mask."""
+    first = np.full(len(traced), traced.last, np.int8)
+    for place in sorted(masks, reverse=True):
+        np.copyto(first, np.int8(place), where=masks[place])
+    return first
+
+
+def _patient(policy: Patience, traced: Traced) -> Array:
     masks: Masks = {}
     agreed, before = np.zeros(len(traced), np.int8), None
     for place in usable_places(policy, traced):
         if before is not None:
             agreed = np.where(traced.tokens[place] == traced.tokens[before], agreed + np.int8(1), np.int8(0))
         masks[place], before = agreed >= policy.patience, place
-    return masks
+    return _first(masks, traced)
 
 
-def _placed(policy: Position, traced: Traced) -> Masks:
+def _placed(policy: Position, traced: Traced) -> Array:
     fall = policy.deepest - policy.shallowest
     depth = policy.deepest - fall * np.minimum(1.0, traced.steps / policy.over)
-    return {place: traced.points[place] >= depth for place in usable_places(policy, traced)}
+    return _first({place: traced.points[place] >= depth for place in usable_places(policy, traced)}, traced)
 
 
-def _drawn(policy: Random, traced: Traced) -> Masks:
+def _drawn(policy: Random, traced: Traced) -> Array:
     """As `engine.policies.RandomExit` draws: from seed, prompt and step."""
     drawn = np.array(
         [
@@ -195,7 +216,7 @@ def _drawn(policy: Random, traced: Traced) -> Masks:
         drawn = drawn - share
         masks[traced.points.index(layer)] = (drawn < 0) & (before >= 0)
     usable = usable_places(policy, traced)
-    return {place: mask for place, mask in masks.items() if place in usable}
+    return _first({place: mask for place, mask in masks.items() if place in usable}, traced)
 
 
 @lru_cache(maxsize=2_000_000)
@@ -203,31 +224,36 @@ def _draw(seed: int, key: int, step: int) -> float:
     return random.Random(f"{seed} {key} {step}").random()
 
 
-def _told(policy: Oracle, traced: Traced) -> Masks:
+def _told(policy: Oracle, traced: Traced) -> Array:
     """At the first point where none is right, full depth's included."""
     places = usable_places(policy, traced)
     masks = {place: traced.right[place] for place in places}
     if places:
         hopeless = ~(np.logical_or.reduce(list(masks.values())) | traced.right[-1])
         masks[places[0]] = masks[places[0]] | hopeless
-    return masks
+    return _first(masks, traced)
 
 
-_RULES: dict[type[PolicySpec], Callable[[Any, Traced], Masks]] = {
-    Full: lambda policy, traced: {},
-    Fixed: lambda policy, traced: {
-        place: np.ones(len(traced), np.bool_)
-        for place in usable_places(policy, traced)
-        if traced.points[place] == policy.exit_layer
-    },
+def _full(policy: PolicySpec, traced: Traced) -> Array:
+    return np.full(len(traced), traced.last, np.int8)
+
+
+def _fixed(policy: Fixed, traced: Traced) -> Array:
+    return np.full(len(traced), traced.points.index(policy.exit_layer), np.int8)
+
+
+#: for each kind, where tokens want to leave, whatever holds them back: [n] places, last where they do not
+_RULES: dict[type[PolicySpec], Rule] = {
+    Full: _full,
+    Fixed: _fixed,
     Confidence: _confident,
     Margin: _by_threshold("margins"),
-    Entropy: _by_threshold("entropies", above=False),
+    Entropy: _by_threshold("entropies"),
     Patience: _patient,
     StateSimilarity: _by_threshold("similarities"),
     Position: _placed,
     Random: _drawn,
     Oracle: _told,
-    Controller: lambda policy, traced: {},  # decided by `_controlled`
-    Sec: lambda policy, traced: {},
+    Controller: _full,  # decided by `_controlled`
+    Sec: _full,
 }

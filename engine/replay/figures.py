@@ -45,7 +45,8 @@ class Figure:
 
 
 def figures(sums: Array) -> dict[str, Figure]:
-    """All `FIGURES` from sums [policies, groups, len(SUMS)]."""
+    """All `FIGURES` from sums [policies, groups, len(SUMS)]; groups without a sample do not count."""
+    sums = sums[:, sums[0, :, SUMS.index("samples")] > 0]
     totals = sums.sum(1)
     products = sums.transpose(0, 2, 1) @ sums  # [policies, sums, sums]
     return {name: _figure(name, powers, totals, products, sums.shape[1]) for name, powers in FIGURES.items()}

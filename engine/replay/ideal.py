@@ -3,8 +3,8 @@
 Steps are synchronous: while reading weights dominates, depth is saved only where all rows of a batch have left.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -31,52 +31,71 @@ class CostModel:
         return np.maximum(bytes_read / self.machine.bandwidth, flops / self.machine.peak) * 1e9
 
 
+#: a token's count and the positions that it looks at, in one number: neither sum reaches 2^26 here
+_ONE = 2.0**26
+
+
 class Steps:
     """The decode steps of a piece of a trace, batch by batch; step 0 is prefill's and is none of them."""
 
     def __init__(self, traced: Traced, model: CostModel) -> None:
         self.traced, self.model = traced, model
-        batch = traced.batches[traced.sample]
-        longest = int(traced.lengths.max())
-        #: [n] the step of a batch that each token is written by, numbered through; [k] which batch each is of
-        steps, self.step = np.unique(batch * longest + traced.steps, return_inverse=True)
-        self.batch = steps // longest
         self.decoded = traced.steps > 0
-        self._segments = np.diff(traced.layers, prepend=0).astype(float)
+        numbers = traced.batches[traced.sample] * (int(traced.lengths.max()) + 1) + traced.steps
+        #: [k] the batch of each step; [n] the step that each token is written by, k for those out of prefill
+        found, of_decoded = np.unique(numbers[self.decoded], return_inverse=True)
+        self.batch = found // (int(traced.lengths.max()) + 1)
+        self.n = len(found)
+        self.step = np.full(len(traced), self.n)
+        self.step[self.decoded] = of_decoded
+        self._weights = _ONE + traced.reach
+        self._reach = np.cumsum(traced.reach)
+        self._segments = np.diff(traced.layers, prepend=0).astype(float)[:, None]
+        most = int(np.bincount(of_decoded).max(initial=0))
+        #: [p, most + 1] nanoseconds of a head on so many states, and of so many tokens' skipped keys and values
+        self._head_table = self._table(of_head, np.array(model.heads, float), most)
+        self._fill_table = self._table(of_fill, traced.n_layers - traced.layers.astype(float), most)
 
     def cost(self, policy: PolicySpec, decisions: Decisions) -> Array:
         """[k] nanoseconds at best of each step."""
-        counts, context = self._passes(decisions)
+        step = self.step if decisions.behind is None else np.where(decisions.behind, self.n, self.step)
+        rows, context = self._passes(decisions, step)
+        tokens, looked_at = (rows, context)
         if policy.kv == "recompute":
             tokens, looked_at = self._with_debts(decisions)
-        else:
-            tokens, looked_at = counts, context
-        price = of_layers(self.model.shape, self._segments[:, None], tokens, looked_at, context)
-        total = (self.model.ideal_ns(price) * (counts > 0)).sum(0)
-        leavers = self._leavers(decisions)
+        total = (self._layers(tokens, looked_at, context) * (rows > 0)).sum(0)
+        leavers = rows.copy()
+        leavers[:-1] -= rows[1:]
+        if decisions.stops is not None:
+            given_up = np.flatnonzero(decisions.stops)
+            np.subtract.at(leavers, (decisions.places[given_up], step[given_up]), 1)
         if policy.kv == "copy":
-            total += self._fills(leavers[:-1])
-        return total + self._heads(self._asked(policy, decisions, counts, leavers))
+            total += self._looked_up(self._fill_table, leavers)
+        return total + self._looked_up(self._head_table, self._asked(policy, decisions, rows, leavers))
 
-    @cached_property
-    def n(self) -> int:
-        return len(self.batch)
+    def _table(self, price: Callable[[Shape, Array, Array], Price], many: Array, most: int) -> Array:
+        counts = np.arange(most + 1.0)
+        return self.model.ideal_ns(price(self.model.shape, many[:, None], counts)) * (
+            (counts > 0) & (many[:, None] > 0)
+        )
 
-    def _of_places(self, places: Array, which: Array, weights: Array | None = None) -> Array:
-        """[p, k] how many tokens, or how much of them, each step has at each place."""
-        key = places[which].astype(np.int64) * self.n + self.step[which]
-        p = len(self.traced.points)
-        return np.bincount(key, None if weights is None else weights[which], p * self.n).reshape(p, self.n)
+    def _looked_up(self, table: Array, counts: Array) -> Array:
+        """[k] summed over points."""
+        places = np.arange(len(table))[:, None] * table.shape[1]
+        return table.ravel().take(counts + places).sum(0)
 
-    def _alive(self, decisions: Decisions) -> Array:
-        return self.decoded if decisions.behind is None else self.decoded & ~decisions.behind
+    def _layers(self, tokens: Array, looked_at: Array, cached: Array) -> Array:
+        """[p, k] of the layers before each point."""
+        return self.model.ideal_ns(of_layers(self.model.shape, self._segments, tokens, looked_at, cached))
 
-    def _passes(self, decisions: Decisions) -> tuple[Array, Array]:
+    def _passes(self, decisions: Decisions, step: Array) -> tuple[Array, Array]:
         """[p, k] each: rows whose newest token passes the layers before a point, and the positions that they see."""
-        alive = self._alive(decisions)
-        counts = self._of_places(decisions.places, alive)
-        context = self._of_places(decisions.places, alive, self.traced.reach)
-        return counts[::-1].cumsum(0)[::-1], context[::-1].cumsum(0)[::-1]
+        p = len(self.traced.points)
+        key = decisions.places * np.int64(self.n + 1) + step
+        packed = np.bincount(key, self._weights, p * (self.n + 1)).reshape(p, self.n + 1)[:, :-1]
+        passing = packed[::-1].cumsum(0)[::-1]
+        rows = (passing // _ONE).astype(np.int64)
+        return rows, passing - rows * _ONE
 
     def _with_debts(self, decisions: Decisions) -> tuple[Array, Array]:
         """As `_passes`, with the tokens that waited: one that passes takes all along that have not since the last one.
@@ -85,7 +104,6 @@ class Steps:
         """
         p = len(self.traced.points)
         tokens, looked_at = np.zeros((p, self.n)), np.zeros((p, self.n))
-        reach = np.cumsum(self.traced.reach)
         lives = np.ones(len(self.traced), np.bool_) if decisions.behind is None else ~decisions.behind
         for place in range(p):
             passing = np.flatnonzero(lives & (~self.decoded | (decisions.places >= place)))
@@ -94,29 +112,17 @@ class Steps:
             before, now = before[own], now[own]
             step = self.step[now]
             tokens[place] = np.bincount(step, now - before, self.n)
-            looked_at[place] = np.bincount(step, reach[now] - reach[before], self.n)
+            looked_at[place] = np.bincount(step, self._reach[now] - self._reach[before], self.n)
         return tokens, looked_at
 
-    def _leavers(self, decisions: Decisions) -> Array:
-        """[p, k] rows whose token was chosen at each place."""
-        alive = self._alive(decisions)
-        return self._of_places(decisions.places, alive if decisions.stops is None else alive & ~decisions.stops)
-
-    def _fills(self, leavers: Array) -> Array:
-        """[k]: keys and values of the layers that were skipped, copied."""
-        skipped = (self.traced.n_layers - self.traced.layers[:-1])[:, None]
-        return (self.model.ideal_ns(of_fill(self.model.shape, skipped, leavers)) * (leavers > 0)).sum(0)
-
-    def _asked(self, policy: PolicySpec, decisions: Decisions, counts: Array, leavers: Array) -> Array:
+    def _asked(self, policy: PolicySpec, decisions: Decisions, rows: Array, leavers: Array) -> Array:
         """[p, k] states that each head is evaluated on: of the tokens chosen there, or of all that are asked."""
         if not isinstance(policy, _PREDICTING):
             return leavers
         asked = leavers.copy()
-        unfree = np.bincount(self.step[self.decoded & decisions.forced], minlength=self.n)
-        for place in usable_places(policy, self.traced):
-            asked[place] = counts[place] - unfree
+        places = usable_places(policy, self.traced)
+        asked[places.start : places.stop] = rows[places.start : places.stop]
+        if decisions.forced is not None:
+            unfree = np.bincount(self.step[decisions.forced], minlength=self.n + 1)[:-1]
+            asked[places.start : places.stop] -= unfree
         return asked
-
-    def _heads(self, asked: Array) -> Array:
-        price = of_head(self.model.shape, np.array(self.model.heads, float)[:, None], asked)
-        return (self.model.ideal_ns(price) * (asked > 0)).sum(0)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.errors import BadInput
 from engine.replay.decide import Decisions, check_replayable, decide
 from engine.replay.figures import SUMS, Figure, figures, pareto_front
 from engine.replay.ideal import CostModel, Steps
@@ -25,7 +26,7 @@ class Replayed:
     figures: dict[str, Figure]  #: see `engine.replay.figures.FIGURES`; `speedup_ideal` is absent without a cost model
     tokens: int  #: of the trace
     samples: int
-    groups: int
+    groups: int  #: that have samples in what was replayed
     front: Array  #: [r] on the Pareto front of ideal speed (without a cost model: of depth) and tokens right
     stopped: Array  #: [r] samples that were given up
 
@@ -47,7 +48,7 @@ def replay(
     at_once = max(1, _SUM_BYTES // (8 * len(SUMS) * max(groups, 1)))
     parts: list[dict[str, Figure]] = []
     stopped: list[Array] = []
-    tokens = samples = done = 0
+    tokens = samples = done = present = 0
     for first in range(0, len(chosen), at_once):
         some = chosen[first : first + at_once]
         sums = np.zeros((len(some), groups, len(SUMS)))
@@ -60,13 +61,14 @@ def replay(
             tokens, samples, done = tokens + len(piece), samples + len(piece.lengths), done + len(piece) * len(some)
             on_progress(done, 0 if first == 0 else tokens * len(chosen))
         parts.append(figures(sums))
+        present = int((sums[0, :, SUMS.index("samples")] > 0).sum())
         stopped.append(sums[:, :, SUMS.index("stops")].sum(1))
     joined = {name: _joined([part[name] for part in parts]) for name in parts[0]}
     if model is None:
         del joined["speedup_ideal"]
     speed = -joined["mean_exit_layer"].values if model is None else joined["speedup_ideal"].values
     front = pareto_front(speed, joined["tokens_right"].values)
-    return Replayed(chosen, joined, tokens, samples, groups, front, np.concatenate(stopped))
+    return Replayed(chosen, joined, tokens, samples, present, front, np.concatenate(stopped))
 
 
 def _joined(parts: list[Figure]) -> Figure:
@@ -90,8 +92,16 @@ class Tally:
         """group: [s] of each sample, numbered from 0 within the piece."""
         self.traced, self.group, self.n_groups = traced, group, n_groups
         self.steps = None if model is None else Steps(traced, model)
-        #: [p, n] a token's written, right and agree beside each other in one number: samples are shorter than 2^20
-        self._marks = 1 + (traced.right.astype(np.int64) << 20) + (traced.agrees.astype(np.int64) << 40)
+        if int(traced.lengths.max()) >= 2**14:
+            raise BadInput(f"a target has {int(traced.lengths.max()):,} tokens; replay takes fewer than {2**14:,}.")
+        #: [p, n] a token's written, right, agree and layers in one number: a sample has fewer than 2^14 tokens
+        self._marks = (
+            1
+            + (traced.right.astype(np.int64) << 14)
+            + (traced.agrees.astype(np.int64) << 28)
+            + (traced.layers[:, None] << 42)
+        ).ravel()
+        self._here = np.arange(len(traced))
         batches, firsts, of_sample = np.unique(traced.batches, return_index=True, return_inverse=True)
         group_of_batch = group[firsts]
         #: [s] and [k]: a batch belongs to the source group of its first sample, as in reports
@@ -102,15 +112,13 @@ class Tally:
     def of(self, policy: PolicySpec, decisions: Decisions) -> Array:
         """[groups, 8] what is the policy's own."""
         traced = self.traced
-        places = decisions.places.astype(np.intp)
-        marks = self._marks.ravel()[places * len(traced) + np.arange(len(traced))]
-        layers = traced.layers[places]
+        marks = self._marks.take(decisions.places * np.int64(len(traced)) + self._here)
         written = decisions.written
         if written is not None:
-            marks, layers = marks * written, layers * written
-        marks, layers = np.add.reduceat(marks, traced.starts), np.add.reduceat(layers, traced.starts)
-        low = 2**20 - 1
-        columns = [marks & low, (marks >> 20) & low, marks >> 40, layers]
+            marks = marks * written
+        marks = np.add.reduceat(marks, traced.starts)
+        low = 2**14 - 1
+        columns = [marks & low, (marks >> 14) & low, (marks >> 28) & low, marks >> 42]
         if decisions.stops is None:
             columns += [np.zeros(len(marks))] * 2
         else:

@@ -90,6 +90,35 @@ class Traced:
         return self.controller.argmax(axis=1).astype(np.int8), self.controller.max(axis=1)
 
     @cached_property
+    def exits(self) -> Array:
+        """[p, n] the controller's probability of leaving where that is its likeliest class, else -1."""
+        return self._where_likeliest(1)
+
+    @cached_property
+    def stops(self) -> Array:
+        """[p, n] the same for giving up."""
+        return self._where_likeliest(2)
+
+    def _where_likeliest(self, which: int) -> Array:
+        winner, top = self.winners
+        return np.where(winner == which, top, np.float32(-1))
+
+    def so_far(self, column: str, places: range, sign: int = 1) -> list[Array]:
+        """For each of these neighbouring places [n] the highest of a signal from the first of them up to it; kept.
+
+        sign: -1 turns the signal round.
+        """
+        key = (column, places.start, places.stop)
+        if key not in self._kept:
+            values = sign * getattr(self, column)[places.start : places.stop]
+            self._kept[key] = list(np.maximum.accumulate(values, axis=0))
+        return self._kept[key]
+
+    @cached_property
+    def _kept(self) -> dict[tuple[str, int, int], list[Array]]:
+        return {}
+
+    @cached_property
     def layers(self) -> Array:
         """[p] the points as an array."""
         return np.array(self.points)

@@ -56,7 +56,7 @@ def done(db: Database, spec: dict[str, Any]) -> Trace:
 
 
 def replayed(db: Database, trace: Trace, *policies: Any) -> ReplayReport:
-    return replay_trace(db, trace, ReplaySpec(policies=list(policies)))
+    return replay_trace(trace, ReplaySpec(policies=list(policies)))
 
 
 def test_a_trace_holds_the_references_tokens(of_reference: Trace, world: World) -> None:
@@ -161,6 +161,15 @@ def test_confirming_counts_what_differs(db: Database, of_full: Trace, monkeypatc
     assert 0 < one.decided_otherwise <= one.compared
 
 
+def test_a_trace_keeps_what_a_record_promises(db: Database, of_reference: Trace, of_full: Trace) -> None:
+    """Protects `db check`: outcomes, timings and rollups of traces are whole."""
+    from cluster.contents import hashes
+    from db.checks import check
+
+    assert of_reference.target != of_full.target
+    assert list(check(db, hashes())) == []
+
+
 def test_command_line(db: Database, world: World, tmp_path: Path) -> None:
     """Protects the commands: trace, replay as table, JSON, CSV and page."""
     spec = world.spec_file(tmp_path / "spec.yaml")  # its policies are left aside
@@ -175,7 +184,7 @@ def test_command_line(db: Database, world: World, tmp_path: Path) -> None:
     files = [tmp_path / "replay.csv", tmp_path / "replay.html"]
     told = runner.invoke(app, [*asked, "--json", "--csv", str(files[0]), "--html", str(files[1])])
     assert told.exit_code == 0, told.output
-    policies = json.loads(told.stdout)["policies"]
+    policies = json.loads(told.stdout)["replays"][0]["policies"]
     assert [one["policy"] for one in policies] == ["confidence threshold=0.3", "confidence threshold=0.6", "oracle"]
     assert len(files[0].read_text().splitlines()) == 4
     assert files[1].read_text().startswith("<!doctype html>")
@@ -207,7 +216,7 @@ def test_command_line(db: Database, world: World, tmp_path: Path) -> None:
 def test_bad_input_is_one_sentence(db: Database, of_reference: Trace, text: str, sentence: str) -> None:
     """Protects users: field, value and remedy; nothing is replayed."""
     with pytest.raises(BadInput, match=sentence):
-        replay_trace(db, of_reference, read_replay(text))
+        replay_trace(of_reference, read_replay(text))
 
 
 def test_what_a_trace_lacks(db: Database, world: World, tmp_path: Path) -> None:
@@ -221,13 +230,14 @@ def test_what_a_trace_lacks(db: Database, world: World, tmp_path: Path) -> None:
     assert all("controller" not in entry for entry in default_policies(trace.pinned.controller))
     replayed(db, trace, *default_policies(trace.pinned.controller))
 
-    ordinary = jobs.submit(db, world.spec(policies=["full"]))
+    waiting = jobs.submit(db, parse_job(traced_spec(world, "reference")))
     with pytest.raises(ValueError, match="is preparing, and a trace can be asked when it is done"):
-        traces_of(db, ordinary)
+        traces_of(db, waiting)
+    ordinary = jobs.submit(db, world.spec(policies=["full"]))
     assert jobs.work(db, ordinary, inline=True) is JobState.DONE
     with pytest.raises(ValueError, match="is no trace"):
         traces_of(db, ordinary)
-    with pytest.raises(ValueError, match="has no benchmark 'other'"):
+    with pytest.raises(ValueError, match="has no trace of benchmark 'other'"):
         trace_of(db, trace.run.job_id, "other")
     with pytest.raises(ValueError, match="is a trace, which runs no policy"):
         adding.add_policy(db, trace.run.job_id, "full")

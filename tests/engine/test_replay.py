@@ -238,6 +238,8 @@ def test_intervals_are_those_of_a_bootstrap_over_groups() -> None:
         figure = found[name]
         assert figure.highs[0] - figure.lows[0] == pytest.approx(high - low, rel=0.1) or figure.highs[0] == 1, name
     assert np.isnan(figures(sums[:, :5])["tokens_right"].lows).all()
+    absent = np.concatenate([sums, np.zeros((1, 40, len(SUMS)))], axis=1)
+    assert figures(absent)["agreement"].lows == pytest.approx(found["agreement"].lows)
     nothing = figures(np.zeros((1, 8, len(SUMS))))
     assert np.isnan(nothing["stop_precision"].values).all()
 
