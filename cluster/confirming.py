@@ -12,7 +12,7 @@ import numpy as np
 
 from cluster import jobs as cluster_jobs
 from cluster.grids import ReplaySpec
-from cluster.replays import ReplayedPolicy, ReplayReport, replay_trace
+from cluster.replays import ReplayedPolicy, ReplayReport, replay_trace, speed_of
 from cluster.settings import Settings
 from cluster.spec import JobSpec, parse_job
 from cluster.traced import Trace
@@ -22,6 +22,7 @@ from db.session import Database
 from engine.errors import BadInput, EngineError
 from engine.record import Decision
 from engine.replay.decide import decide
+from engine.replay.figures import pareto_front
 from engine.replay.traced import Traced
 from engine.spec import PolicySpec, Sec, parse_policy
 
@@ -59,7 +60,7 @@ def confirm_live(
 ) -> list[Confirmed]:
     """Run the best of a replay on the trace's benchmark, as a job of its own in the same record.
 
-    count: finalists, spread over the Pareto front from the fastest on. Raises `BadInput` where none can be run, or the
+    count: finalists, spread over the Pareto front of those that can be run. Raises `BadInput` where none can be, or the
     benchmark is not what it was, and `EngineError` where the job fails.
     """
     finalists = [parse_policy(one.spec) for one in _finalists(found, count)]
@@ -89,9 +90,13 @@ def confirm_live(
 
 
 def _finalists(found: ReplayReport, count: int) -> list[ReplayedPolicy]:
-    live = [one for one in found.best() if one.kind not in ("full", "oracle")]
+    able = [one for one in found.policies if one.kind not in ("full", "oracle")]
+    speeds = np.array([speed_of(one) for one in able])
+    qualities = np.array([one.figures["tokens_right"].value for one in able], float)
+    front = [able[place] for place in np.flatnonzero(pareto_front(speeds, qualities))]
+    live = sorted(front, key=lambda one: -speed_of(one))
     if not live:
-        raise BadInput("confirm: no policy of the Pareto front can be run; replay others than full and oracle.")
+        raise BadInput("confirm: no policy of the replay can be run; replay others than full and oracle.")
     places = np.unique(np.linspace(0, len(live) - 1, min(count, len(live))).round().astype(int))
     return [live[place] for place in places]
 

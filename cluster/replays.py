@@ -61,7 +61,7 @@ class ReplayReport:
     def best(self) -> list[ReplayedPolicy]:
         """The Pareto front, fastest first."""
         front = [one for one in self.policies if one.front]
-        return sorted(front, key=lambda one: -(_speed(one)))
+        return sorted(front, key=lambda one: -speed_of(one))
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -176,7 +176,8 @@ def _short(name: str) -> str:
     return f"{name[:12]}…" if len(name) >= 40 and name.isalnum() else name
 
 
-def _speed(one: ReplayedPolicy) -> float:
+def speed_of(one: ReplayedPolicy) -> float:
+    """What the Pareto front goes by: ideal speed, or where no cost model is known, depth."""
     speed = one.figures.get("speedup_ideal")
     if speed is not None and speed.value is not None:
         return speed.value

@@ -61,7 +61,7 @@ OF_RUN = (score, timing, rollup, trace, outcome)
 OF_JOB = (task, run, job_kernels)
 
 #: foreign keys that PostgreSQL looks up and no index serves: every row that goes would cost a scan of all that remain
-_UNSERVED = ((rollup, "task_id"), (task, "parent_id"))
+_UNSERVED = ((rollup, "task_id"), (task, "parent_id"), (trace, "sample_id"))
 
 
 @dataclass(frozen=True)

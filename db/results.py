@@ -149,7 +149,8 @@ def _check_complete(connection: Connection, lease: Lease, results: ShardResults)
             f"shard {lease.task_id} needs an outcome for each of {len(wanted)} samples under a policy and got "
             f"{len(results.outcomes)}, {len(found & wanted)} of them its own; evaluate its batches again."
         )
-    if not {(row.run_id, row.sample_id) for row in (*results.scores, *results.traces)} <= found:
+    scored = {(score.run_id, score.sample_id) for score in results.scores}
+    if not scored | {(trace.run_id, trace.sample_id) for trace in results.traces} <= found:
         raise RecordError(f"shard {lease.task_id} got scores or traces of samples not its own; evaluate it again.")
     return {one.id: one.score_revision for one in runs}
 

@@ -181,6 +181,6 @@ class Tracing:
 
 
 def _entropies(logits: Tensor) -> Tensor:
-    """As `Prediction.entropies`, with fewer goes over the logits: ln Z - sum p l."""
-    total = logits.logsumexp(dim=-1)
-    return total - torch.linalg.vecdot((logits - total[:, None]).exp_(), logits)
+    """As `Prediction.entropies`, with fewer goes over the logits."""
+    logs = logits - logits.logsumexp(dim=-1, keepdim=True)
+    return -torch.linalg.vecdot(logs.exp(), logs)

@@ -137,7 +137,7 @@ class TraceEvaluation:
             prompt_tokens=len(prompt.token_ids),
             cut_tokens=prompt.cut_tokens,
             shown=False,
-            tokens=TokenArrays(*(np.zeros(0, kind) for kind in _KINDS)),
+            tokens=_NO_TOKENS,
             isolated=isolated,
         )
 
@@ -148,7 +148,8 @@ class TraceEvaluation:
         )  # fmt: skip
 
 
-_KINDS = (np.int32, np.int16, np.int16, np.int16, np.float32)
+_NONE = np.zeros(0, np.int16)
+_NO_TOKENS = TokenArrays(np.zeros(0, np.int32), _NONE, _NONE, _NONE, np.zeros(0, np.float32))
 
 
 class _Done:

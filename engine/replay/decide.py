@@ -87,8 +87,8 @@ def decide(policy: PolicySpec, traced: Traced) -> Decisions:
     if isinstance(policy, Controller):
         return _controlled(policy, traced)
     wants = _RULES[type(policy)](policy, traced)
-    wants[traced.steps < policy.full_first] = traced.last
-    held_back = _held_back(policy, wants < traced.last)
+    wants[_firsts(policy, traced)] = traced.last
+    held_back = _held_back(policy, wants, traced.last)
     if held_back is not None:
         wants[held_back] = traced.last
     return Decisions(wants, forced=_forced(policy, traced, held_back))
@@ -99,12 +99,18 @@ def usable_places(policy: PolicySpec, traced: Traced) -> range:
     return range(traced.last - len(usable_points(policy, traced.exit_points, traced.n_layers)), traced.last)
 
 
-def _held_back(policy: PolicySpec, wants: Array) -> Array | None:
-    """[n] tokens that want to leave and may not, because too many before them have; None: there are none."""
+def _firsts(policy: PolicySpec, traced: Traced) -> Array:
+    """The tokens that run at full depth because they are a completion's first: places, or a mask."""
+    return traced.starts if policy.full_first == 1 else traced.steps < policy.full_first
+
+
+def _held_back(policy: PolicySpec, places: Array, last: int) -> Array | None:
+    """[n] tokens that want to leave before full depth and may not, for too many before them have; None: none."""
     limits = [policy.max_exits_in_row, policy.max_debt if policy.kv == "recompute" else None]
     most = min((limit for limit in limits if limit is not None), default=None)
     if most is None:
         return None
+    wants = places < last
     # A sample's first token never wants to, so no run goes from one sample into the next.
     here = np.arange(len(wants))
     stayed = np.maximum.accumulate(np.where(wants, -1, here))
@@ -130,13 +136,13 @@ def _controlled(policy: Controller, traced: Traced) -> Decisions:
         gives_up[(gives_up == last) & ~(traced.stops[last] > policy.stop)] = last + 1
     else:
         gives_up[gives_up == last] = last + 1
-    first = traced.steps < policy.full_first
+    first = _firsts(policy, traced)
     leaves[first], gives_up[first] = last, last + 1
-    wants = leaves < np.minimum(gives_up, last)
-    held_back = _held_back(policy, wants)
+    leaves[gives_up < leaves] = last
+    held_back = _held_back(policy, leaves, last)
     if held_back is not None:
-        leaves[held_back], wants[held_back] = last, False
-    stops = (gives_up <= last) & ~wants
+        leaves[held_back] = last
+    stops = (gives_up <= last) & (leaves == last)
     behind = _behind_a_stop(stops, traced)
     taken = np.where(stops, gives_up, leaves)
     return Decisions(taken, stops & ~behind, behind, _forced(policy, traced, held_back))

@@ -94,7 +94,7 @@ class Steps:
         key = decisions.places * np.int64(self.n + 1) + step
         packed = np.bincount(key, self._weights, p * (self.n + 1)).reshape(p, self.n + 1)[:, :-1]
         passing = packed[::-1].cumsum(0)[::-1]
-        rows = (passing // _ONE).astype(np.int64)
+        rows = (passing * (1 / _ONE)).astype(np.int64)
         return rows, passing - rows * _ONE
 
     def _with_debts(self, decisions: Decisions) -> tuple[Array, Array]:

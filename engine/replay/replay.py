@@ -118,7 +118,7 @@ class Tally:
             marks = marks * written
         marks = np.add.reduceat(marks, traced.starts)
         low = 2**14 - 1
-        columns = [marks & low, (marks >> 14) & low, (marks >> 28) & low, marks >> 42]
+        columns: list[Array] = [marks & low, (marks >> 14) & low, (marks >> 28) & low, marks >> 42]
         if decisions.stops is None:
             columns += [np.zeros(len(marks))] * 2
         else:
