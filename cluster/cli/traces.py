@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cluster.confirming import Confirmed
     from cluster.grids import ReplaySpec
     from cluster.replays import Estimate, ReplayReport
+    from workers.pinned import Pinned
 
 Target = Annotated[
     str | None,
@@ -110,7 +111,7 @@ def replay(
             raise BadInput(
                 f"--{'html' if page else 'confirm'} takes one benchmark; name one of {names} by --benchmark."
             )
-        asked = _asked(policy or [], traces[0].pinned.controller)
+        asked = _asked(policy or [], traces[0].pinned)
         with watch() as shown:
             found = [
                 replay_trace(one, asked, on_progress=lambda done, of: shown.show("replaying", done, of, "tokens"))
@@ -139,12 +140,12 @@ def replay(
         _print_confirmed(confirmed)
 
 
-def _asked(texts: list[str], has_controller: bool) -> "ReplaySpec":
+def _asked(texts: list[str], pinned: "Pinned") -> "ReplaySpec":
     """All that the options name, in order. Raises `BadInput`."""
     from cluster.grids import ReplaySpec, default_policies, read_replay
 
     if not texts:
-        return ReplaySpec(policies=default_policies(has_controller))
+        return ReplaySpec(policies=default_policies(pinned))
     first, *others = [read_replay(text) for text in texts]
     for more in others:
         if more != ReplaySpec(policies=more.policies):
