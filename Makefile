@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 CODE := cluster workers engine db tests shortstop.py
 
-.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-benchmarks bench-stats clean
+.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-benchmarks bench-stats bench-replay clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -52,6 +52,10 @@ bench-benchmarks: $(STAMP)
 bench-stats: $(STAMP)
 	$(BIN)/python -m tests.bench.stats
 	$(BIN)/python -m tests.bench.schedules
+
+# A thousand policies over made-up traces of up to a million tokens; what a trace of the real model costs
+bench-replay: $(STAMP)
+	$(BIN)/python -m tests.bench.replay
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

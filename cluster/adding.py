@@ -27,6 +27,8 @@ def add_policy(db: Database, job_id: int, policy: Any, *, who: str = LOCAL) -> s
     if job.state is not JobState.DONE:
         raise Conflict(f"job {job_id} is {job.state}; a policy can be added to a job that is done.")
     pinned = Pinned.model_validate(job.pinned)
+    if pinned.trace is not None:
+        raise BadInput(f"job {job_id} is a trace, which runs no policy; ask it with `shortstop replay {job_id}`.")
     _check_metrics(job_id, pinned)
     if asked.needs != "nothing" and pinned.exits_hash is None:
         raise BadInput(

@@ -3,14 +3,15 @@
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 from pathlib import Path
 from platform import python_version
+from typing import Any
 
-from cluster.spec import JobSpec
+from cluster.spec import TRACE, JobSpec
 from db import errors as record_errors
 from db import jobs
 from db.estimating import Estimate, estimate
@@ -20,6 +21,7 @@ from db.session import Database
 from engine.errors import BadInput
 from engine.exits import ExitsManifest, check_policy, check_weights, exits_hash, find_exits, read_manifest
 from engine.loading import ModelFacts, load_tokenizer, resolve_model
+from engine.shapes import head_parameters, model_shape
 from engine.spec import PolicySpec
 from workers.benchmarks.catalogue import load_benchmark
 from workers.benchmarks.sample import Benchmark
@@ -181,9 +183,26 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         },
         versions=_package_versions(),
         git_revision=_git_revision(),
+        **_traced(spec, facts, manifest),
     )
     policies = [planned_policy(policy, manifest) for policy in spec.policies]
+    if spec.trace is not None:
+        policies = [PlannedPolicy(label=TRACE, kind=TRACE, spec={TRACE: {"target": spec.trace}})]
     return Resolved(pinned, benchmarks, policies, folder)
+
+
+def _traced(spec: JobSpec, facts: ModelFacts, manifest: ExitsManifest | None) -> dict[str, Any]:
+    """What a trace pins on top: all that replay needs to know where there are no weights. Raises `BadInput`."""
+    if spec.trace is None:
+        return {}
+    if manifest is None:
+        raise BadInput("exits: a trace needs some, and none are given; name a bundle in the field `exits`.")
+    return {
+        "trace": spec.trace,
+        "controller": manifest.controller,
+        "shape": asdict(model_shape(facts, spec.dtype)),
+        "heads": head_parameters(facts, manifest),
+    }
 
 
 def metric_versions(names: Iterable[str] | None) -> dict[str, str]:

@@ -48,6 +48,8 @@ def rescore(
     """
     pinned = jobs.job(db, job_id).pinned or {}
     _check_texts(job_id, pinned)
+    if pinned.get("trace") is not None:
+        raise BadInput(f"job {job_id} is a trace, which has no completions to score; score a job that ran policies.")
     names = names or list(pinned.get("metrics", wanted_metrics(None)))
     executed = executed_metrics(wanted_metrics(names))
     if executed:

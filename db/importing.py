@@ -25,7 +25,7 @@ from db.exchange import EXITS, SCHEMAS, batches, damaged, read_manifest, rows
 from db.jobs import runs_of
 from db.partial import IMPORTED, PRUNED
 from db.queue import NEW_TASK
-from db.records import JobState, OutcomeRow, SampleRow, ScoreRow
+from db.records import JobState, OutcomeRow, SampleRow, ScoreRow, TraceRow
 from db.recount import recount, snapshot
 from db.score_rows import insert_scores
 from db.session import Database
@@ -44,6 +44,8 @@ from db.tables import (
 )
 from db.token_columns import insert_outcomes
 from db.token_parquet import TokensOfExport
+from db.trace_parquet import exported_traces
+from db.traces import insert_traces
 
 #: whom an imported job belongs to; its key is the export's id
 PRINCIPAL = "import"
@@ -253,6 +255,7 @@ class _Import:
         yield from self._outcomes()
         yield from self._scores()
         yield from self._timings()
+        yield from self._traces()
         yield from self._rollups()
 
     def _outcomes(self) -> Iterator[_Piece]:
@@ -287,6 +290,14 @@ class _Import:
         for piece in _pieces(rows(self.folder, "timings")):
             values = [{"run_id": self.runs[row[0]]} | dict(zip(names, row[1:], strict=True)) for row in piece]
             yield len(piece), partial(_insert, insert(timing), values)
+
+    def _traces(self) -> Iterator[_Piece]:
+        found = (
+            TraceRow(self.runs[place], self.samples_of_run[place][position], tokens, key, arrays)
+            for place, position, tokens, key, arrays in exported_traces(batches(self.folder, "traces"))
+        )
+        for piece in _pieces(found):
+            yield len(piece), partial(insert_traces, traces=piece)
 
     def _rollups(self) -> Iterator[_Piece]:
         """Counted from what is there by now."""

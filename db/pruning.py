@@ -52,6 +52,7 @@ from db.tables import (
     score_row,
     task,
     timing,
+    trace,
 )
 
 #: rows that one transaction removes at the most
@@ -59,11 +60,11 @@ _ROWS = 5_000
 _ENDED = [state for state in JobState if state.ended]
 
 #: what hangs on a job, each before what it refers to: by run, then by job
-OF_RUN = (score_row, timing, rollup, outcome)
+OF_RUN = (score_row, timing, rollup, trace, outcome)
 OF_JOB = (task, run, job_kernels)
 
 #: foreign keys that PostgreSQL looks up and no index serves: every row that goes would cost a scan of all that remain
-_UNSERVED = ((rollup, "task_id"), (task, "parent_id"))
+_UNSERVED = ((rollup, "task_id"), (task, "parent_id"), (trace, "sample_id"))
 
 
 @dataclass(frozen=True)

@@ -300,6 +300,21 @@ timing = Table(
     PrimaryKeyConstraint("run_id", "batch"),
 )
 
+#: what every exit point predicted for every token of a target: see `db.traces`
+trace = Table(
+    "trace",
+    metadata,
+    _refers("run_id", "run.id"),
+    _refers("sample_id", "sample.id"),
+    Column("layout", Integer, nullable=False),
+    Column("n_points", Integer, nullable=False),
+    Column("n_tokens", Integer, nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("prompt_key", BigInteger, nullable=False),
+    Column("content", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("run_id", "sample_id"),
+)
+
 _SUMS = (
     "samples errors shown isolated cut_prompts tokens full_tokens exit_tokens stops exit_layer_sum layers_run_sum"
     " stop_layers_run_sum timed_batches untimed_batches prefill_ns decode_ns decode_tokens ideal_ns flops"

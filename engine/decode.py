@@ -10,7 +10,6 @@ model's own layers as the draft, LayerSkip, Elhoushi et al. 2024).
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from engine.policies import CONTINUE, EXIT, STOP, Batch, Rule, View
 from engine.record import Decision, Finish, TokenRecords
 from engine.spec import PolicySpec
 from engine.stack import LayerStack
+from engine.text import prompt_key
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def prefill(
             logits[row] = -torch.inf
             logits[row, ids_allowed] = kept
     first = choose(logits)
-    keys = [crc32(np.array(prompt, np.int64).tobytes()) for prompt in prompts]
+    keys = [prompt_key(prompt) for prompt in prompts]
     return Prefill(cache, lengths, Choice(first.tokens, first.confidences), keys)
 
 

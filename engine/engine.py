@@ -12,13 +12,14 @@ from torch import Tensor
 
 from engine import matrices
 from engine.architectures import build_stack, check_family
-from engine.cost import Machine, cost
+from engine.cost import Cost, Machine, Work, cost
 from engine.decode import Decoding, Ends, Prefill, prefill
 from engine.device import describe_device_class, find_device
 from engine.errors import BadInput, NumericalError, OutOfMemory
 from engine.exits import check_policy, check_weights, exits_hash, find_exits, read_manifest
 from engine.heads import Heads
 from engine.loading import load_model, load_tokenizer, resolve_model
+from engine.machine import measure_machine
 from engine.matrices import Matrix
 from engine.memory import memory_errors
 from engine.plans import remembered_plan
@@ -27,6 +28,7 @@ from engine.record import Completion, Decoded, Finish, TokenRecords
 from engine.spec import Compile, DType, PolicySpec, parse_policy
 from engine.stopwatch import Stopwatch
 from engine.text import Prompt, Text
+from engine.trace import TracedBatch, Tracing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,7 +122,7 @@ class Engine:
         """What this device reaches, measured once; a worker may set what others measured before it."""
         self._take_threads()
         with torch.inference_mode():
-            return Machine.measure(self.device, getattr(torch, self.dtype))
+            return measure_machine(self.device, getattr(torch, self.dtype))
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -201,7 +203,7 @@ class Engine:
             self._completion(prompt, record, finish)
             for prompt, record, finish in zip(prefilled.prompts, decoding.records, decoding.finishes, strict=True)
         ]
-        price = cost(decoding.work, self.stack, self.machine)
+        price = self.price(decoding.work)
         written = sum(completion.n_tokens - 1 for completion in completions)
         return Decoded(
             completions,
@@ -212,6 +214,22 @@ class Engine:
             drafted=decoding.drafted,
             drafts_kept=decoding.drafts_kept,
         )
+
+    @memory_errors
+    @torch.inference_mode()
+    def trace(self, prompts: list[Prompt], targets: list[list[int]]) -> TracedBatch:
+        """What every exit point, and full depth behind them, predicts for each token of the targets, teacher-forced.
+
+        targets: token ids, one at least for each prompt. Raises `NumericalError`, `OutOfMemory`.
+        """
+        self._take_threads()
+        _ = self.kernels  # chosen before the clock starts
+        ids = [prompt.token_ids for prompt in prompts]
+        return Tracing(self.stack, self.heads, ids, targets, self._allowed(prompts)).run()
+
+    def price(self, work: Work) -> Cost:
+        """What some work costs on this device at best."""
+        return cost(work, self.stack.shape, self.machine)
 
     def complete(
         self,

@@ -159,14 +159,14 @@ class Evaluation:
         try:
             prefilled = self.engine.prefill(prompts, self.max_new_tokens)
         except (NumericalError, OutOfMemory) as error:
-            return self._all_end(_reason(error))
+            return self._all_end(reason_of(error))
         endings: dict[int, list[Ending]] = {}
         for run in self.runs:
             self.proceed()
             try:
                 decoded = self._decode(prefilled, run)
             except (NumericalError, OutOfMemory) as error:
-                endings[run.id] = [_reason(error)]
+                endings[run.id] = [reason_of(error)]
                 release(self.engine.device)
             else:
                 endings[run.id] = [*decoded.completions]
@@ -246,10 +246,11 @@ def joined(parts: Sequence[ShardResults]) -> ShardResults:
         outcomes=[row for part in parts for row in part.outcomes],
         scores=[row for part in parts for row in part.scores],
         timings=[row for part in parts for row in part.timings],
+        traces=[row for part in parts for row in part.traces],
     )
 
 
-def _reason(error: NumericalError | OutOfMemory) -> str:
+def reason_of(error: NumericalError | OutOfMemory) -> str:
     """Why a sample that was done alone has no completion."""
     return f"done alone, this sample ran {error}" if isinstance(error, OutOfMemory) else str(error)
 

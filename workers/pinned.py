@@ -1,6 +1,6 @@
 """What preparing a job pins, and every worker reads: nothing of it can change while the job lives."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from engine.spec import Compile, Device, DType, Spec
 
@@ -50,6 +50,11 @@ class Pinned(Spec):
     withheld: dict[str, dict[str, Any]] = {}
     versions: dict[str, str]  #: package -> version
     git_revision: str | None = None
+    #: of a trace: what its tokens are
+    trace: Literal["reference", "full"] | None = None
+    controller: bool = False  #: whether the exits have one
+    shape: dict[str, int] | None = None  #: the fields of `engine.cost.Shape`
+    heads: tuple[int, ...] | None = None  #: parameters of the head at each point, full depth's unembedding the last
 
     @property
     def engine(self) -> EngineKey:

@@ -30,6 +30,7 @@ from workers.evaluate import Evaluation, Run, joined
 from workers.holding import Holding, claim_shard_patiently, patiently
 from workers.pinned import EngineKey, Pinned
 from workers.rereading import Texts
+from workers.tracing import TraceEvaluation
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -240,7 +241,7 @@ class Worker:
         except BadInput as error:
             raise Unfit(str(error)) from error
 
-    def evaluation(self, shard: ClaimedShard, proceed: Callable[[], None]) -> Evaluation:
+    def evaluation(self, shard: ClaimedShard, proceed: Callable[[], None]) -> Evaluation | TraceEvaluation:
         """How the batches of the shard are evaluated. Raises `Unfit`."""
         pinned = Pinned.model_validate(shard.pinned)
         try:
@@ -248,6 +249,13 @@ class Worker:
         except BadInput as error:
             raise Unfit(str(error)) from error
         self._note_kernels(shard.lease.job_id, engine)
+        # Figures of another device class are never mixed with the job's own.
+        timed = self.timed and engine.device_class == pinned.device_class
+        ends = parse_ends(shard.benchmark.ends)
+        if pinned.trace is not None:
+            [run] = shard.runs
+            engine.warm_up()
+            return TraceEvaluation(engine, run.id, pinned.trace, ends, pinned.max_new_tokens, timed, proceed)
         runs = _runs(shard)
         compiled_ns = engine.compile_ns
         engine.warm_up([run.policy for run in runs])
@@ -257,12 +265,11 @@ class Worker:
             engine=engine,
             runs=runs,
             content_hash=shard.benchmark.content_hash,
-            ends=parse_ends(shard.benchmark.ends),
+            ends=ends,
             max_new_tokens=pinned.max_new_tokens,
             metrics=pinned.metrics,
             seed=pinned.seed,
-            # Figures of another device class are never mixed with the job's own.
-            timed=self.timed and engine.device_class == pinned.device_class,
+            timed=timed,
             proceed=proceed,
             store_text=shard.benchmark.content_hash not in pinned.withheld,
         )

@@ -24,6 +24,7 @@ from cluster.cli import (
     schedules,
     serve,
     status,
+    traces,
     training,
 )
 from cluster.cli.output import note
@@ -96,6 +97,8 @@ for command in (
     catalogue.models,
     catalogue.policies,
     training.train,
+    traces.trace,
+    traces.replay,
     serve.serve,
     machine.doctor,
 ):

@@ -22,6 +22,7 @@ from cluster.cli.options import (
 )
 from cluster.cli.output import note, print_json, print_table
 from cluster.cli.start import service, writable
+from engine.errors import BadInput
 
 if TYPE_CHECKING:
     from cluster.prepare import Validation
@@ -210,7 +211,14 @@ def report(
     """The report of a job, finished or under way."""
     page = writable(html)
     with service(database, server=server) as shortstop:
+        check_reported(shortstop.job(job).job)
         print_job_report(shortstop, job, page, as_json)
+
+
+def check_reported(row: "JobRow") -> None:
+    """Whether a job has completions to report. Raises `BadInput`."""
+    if row.spec.get("trace") is not None:
+        raise BadInput(f"job {row.id} is a trace, which ran no policy; ask it with `shortstop replay {row.id}`.")
 
 
 def _answer(row: "JobRow", sentence: str, as_json: bool) -> None:
@@ -253,7 +261,12 @@ def see_through(
         option = f" --database {database}" if database else f" --server {server}" if server else ""
         note(f"job {job_id}: interrupted; go on with `shortstop resume {job_id}{option}`")
         raise typer.Exit(130) from None
-    print_job_report(shortstop, job_id, page, as_json)
+    if shortstop.job(job_id).job.spec.get("trace") is None:
+        print_job_report(shortstop, job_id, page, as_json)
+    elif as_json:
+        print_json(shortstop.job(job_id).job)
+    else:
+        print(f"job {job_id}: traced; ask it with `shortstop replay {job_id}`")
     _end(shortstop, job_id, state)
 
 
