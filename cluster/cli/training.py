@@ -43,7 +43,7 @@ def train(
     if as_json:
         print(manifest.model_dump_json(indent=2))
     else:
-        _print_scores(manifest)
+        print_scores(manifest)
         note(f"exits written to {out}")
 
 
@@ -59,7 +59,7 @@ def _read(spec: str, overrides: list[str]) -> "TrainSpec":
         raise BadInput(f"spec: {complaint(error)}") from None
 
 
-def _print_scores(manifest: "ExitsManifest") -> None:
+def print_scores(manifest: "ExitsManifest") -> None:
     """Held-out scores, a row an exit point."""
     columns = sorted({name for scores in manifest.scores.values() for name in scores})
     print_table(

@@ -1,10 +1,25 @@
 """What a caller may ask of training. No torch here."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from engine.spec import Device, HeadKind, Spec
+from engine.spec import ControllerKind, Device, HeadKind, Spec
+
+Labels = Literal["sec", "agrees"]
+
+
+class ControllerSpec(Spec):
+    """A controller on top of the heads."""
+
+    kind: ControllerKind = Field(
+        "sec", description="sec: one matrix for all exit points; calibrated: one each, its probabilities those observed"
+    )
+    labels: Labels = Field(
+        "sec", description="sec: exit from the first right layer on; agrees: exit where full depth says the same"
+    )
+    epochs: int = Field(4, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
 
 
 class TrainSpec(Spec):
@@ -19,7 +34,7 @@ class TrainSpec(Spec):
     head: HeadKind = "lens"
     rank: int = Field(128, ge=1, description="of a lens")
     shortlist: int | None = Field(None, ge=2, description="let heads choose among the most frequent tokens only")
-    controller: bool = True
+    controller: ControllerSpec | None = Field(ControllerSpec(), description="true: SEC's; false: none")
     target: Literal["full", "reference"] = Field(
         "full", description="heads learn the distribution of full depth, or the token that the source has"
     )
@@ -33,3 +48,11 @@ class TrainSpec(Spec):
     seed: int = 0
     device: Device = "auto"
     threads: int | None = Field(None, ge=1)
+
+    @field_validator("controller", mode="before")
+    @classmethod
+    def _by_a_word(cls, value: Any) -> Any:
+        """`true`, `false`, or a kind alone."""
+        if isinstance(value, bool):
+            return ControllerSpec() if value else None
+        return {"kind": value} if isinstance(value, str) else value

@@ -4,27 +4,24 @@ Everything on the way lies in `<out>.work`: the same command goes on where it wa
 the end.
 """
 
-import hashlib
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.engine import Engine
 from engine.errors import BadInput
-from engine.exits import MANIFEST, TENSORS, ExitsManifest, check_exit_points
+from engine.exits import MANIFEST, ExitsManifest, check_exit_points, write_bundle
 from engine.heads import Heads
-from engine.training.controller import labels, predictions, train_controller
+from engine.training.controller import train_controller
 from engine.training.corpus import Entry, check_apart, read_corpus
 from engine.training.heads import HeadTrainer, choose_shortlist
 from engine.training.scores import held_out_scores
 from engine.training.spec import TrainSpec
-from engine.training.states import cache_states
+from engine.training.states import cache_states, places_of
 
 
 @dataclass(frozen=True)
@@ -72,14 +69,16 @@ def train(spec: TrainSpec, out: Path, on_progress: Callable[[Progress], None] = 
     manifest = _manifest(spec, engine, corpus.manifest, kept.manifest)
     with torch.inference_mode():
         heads = Heads(engine.stack, spec.head, spec.exit_points, tensors)
-    if spec.controller:
-        said, _ = predictions(heads, learned, report("predictions", "tokens"))
-        label = labels(said, learned)
-        tensors["controller"] = train_controller(heads, learned, label, spec.seed, report("controller", "steps"))
+    if spec.controller is not None:
+        tensors |= train_controller(
+            heads, learned, places_of(corpus.windows), spec.controller, spec.seed, work,
+            lambda stage: report(stage, {"predictions": "tokens"}.get(stage, "steps")),
+        )  # fmt: skip
         with torch.inference_mode():
-            heads = Heads(engine.stack, spec.head, spec.exit_points, tensors)
-    scores = held_out_scores(heads, held, report("scores", "tokens"))
-    written = _write(out, manifest.model_copy(update={"scores": scores}), tensors)
+            heads = Heads(engine.stack, spec.head, spec.exit_points, tensors, spec.controller.kind)
+    rule = spec.controller.labels if spec.controller else "sec"
+    found = held_out_scores(heads, held, report("scores", "tokens"), places_of(kept.windows), rule)
+    written = write_bundle(out, manifest.model_copy(update=found._asdict()), tensors)
     shutil.rmtree(work)
     return written
 
@@ -115,21 +114,8 @@ def _manifest(spec: TrainSpec, engine: Engine, corpus: list[Entry], kept: list[E
         head=spec.head,
         rank=spec.rank if spec.head == "lens" else None,
         shortlist=spec.shortlist,
-        controller=spec.controller,
+        controller=spec.controller.kind if spec.controller else None,
         training=spec.model_dump(mode="json"),
         corpus=[*corpus, *({**entry, "held_out": True} for entry in kept)],
         tensors_hash="",
     )
-
-
-def _write(out: Path, manifest: ExitsManifest, tensors: dict[str, Tensor]) -> ExitsManifest:
-    """Both files into a folder of their own, moved into place whole."""
-    made = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
-    made.chmod(0o755)  # mkdtemp makes it the owner's alone
-    save_file(tensors, made / TENSORS)
-    (made / TENSORS).chmod(0o644)
-    digest = hashlib.sha256((made / TENSORS).read_bytes()).hexdigest()
-    manifest = manifest.model_copy(update={"tensors_hash": digest})
-    (made / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    made.replace(out)  # absent or empty: nothing else is ever replaced
-    return manifest
