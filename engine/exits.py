@@ -210,6 +210,12 @@ def check_policy(policy: PolicySpec, manifest: ExitsManifest | None, n_layers: i
         raise BadInput(
             f"policy {policy.kind!r} needs a controller, and the exits of {manifest.model!r} have none; train one."
         )
+    asks = getattr(policy, "asks", None)
+    if asks is not None and manifest is not None and manifest.controller != asks:
+        raise BadInput(
+            f"policy {policy.kind!r} is about the controller {asks!r}, and the exits of {manifest.model!r} have a "
+            f"{manifest.controller!r} one; use the policy 'controller'."
+        )
     from engine.policies import build_rule
 
     build_rule(policy, manifest.exit_points if manifest else (), n_layers)

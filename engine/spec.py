@@ -226,6 +226,8 @@ class Controller(PolicySpec):
     kind = "controller"
     rule = "engine.policies:ControlledExit"
     needs = "controller"
+    #: the kind of controller that it is about; None: whichever the bundle has
+    asks: ClassVar[ControllerKind | None] = None
 
     exit: Probability
     stop: Probability
@@ -235,6 +237,7 @@ class Sec(Controller):
     """The paper's method: its controller, its thresholds, keys and values by `copy`."""
 
     kind = "sec"
+    asks = "sec"
 
     kv: Literal["copy"] = "copy"
 

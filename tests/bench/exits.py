@@ -6,50 +6,36 @@ on a source tree that neither training nor choice has seen. So nothing is tuned 
 by doing the same without the shortlist, and without stops. At batch 4 and 16, and contexts of 128 and 1024, speed only.
 
 In the environment: BENCH_SAMPLES of each benchmark (150; a quality figure wants 1,500 from 100 source groups),
-BENCH_SWEEP samples for the choice (60), BENCH_BUNDLES (all that are shipped), BENCH_SOURCE (torch). The reports, with
-the frontiers drawn, and the record lie beside the table in build/bench/.
+BENCH_SWEEP samples for the choice (60), BENCH_ROUNDS batches behind each speed (6), BENCH_BUNDLES (all that are
+shipped), BENCH_SOURCE (torch). The reports, with the frontiers drawn, and the record lie beside the table in build/bench/.
 """
 
 import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
 
 import shortstop
 from cluster.reports.model import BenchmarkReport, Estimate, JobReport, RunReport
 from cluster.reports.page import write_page
-from engine.engine import Engine
 from engine.errors import BadInput
 from engine.exits import TENSORS, ExitsManifest, find_bundle, read_manifest, shipped_exits, write_bundle
-from engine.record import Decoded
-from engine.spec import PolicySpec, parse_policy
-from engine.text import Prompt
-from engine.training.corpus import Window, source_folder
-from engine.training.labels import labels, predictions
-from engine.training.scores import auroc, lift
-from engine.training.states import cache_states
+from engine.spec import parse_policy
+from tests.bench.bundles import MODEL, NEW, SEED, SOURCE, THREADS, loading, row, speeds, stops
 from tests.bench.measure import Row, printed, write
-from workers.estimates import estimate
 
 SAMPLES = int(os.environ.get("BENCH_SAMPLES", 150))
 SWEEP = int(os.environ.get("BENCH_SWEEP", 60))
 BUNDLES = os.environ.get("BENCH_BUNDLES", "").split() or shipped_exits()
-SOURCE = os.environ.get("BENCH_SOURCE", "torch")
-MODEL, THREADS, NEW, SEED = "smollm2-135m", 2, 24, 8
 FOLDER = Path("build/bench")
 DATABASE = f"sqlite:///{FOLDER / 'exits.db'}"
 #: of ROUGE-L, relative, against full depth: what the paper lost
 LOSS = 0.011
-FULL = parse_policy("full")
-#: windows of code, of one context each, for the speed of batches
-BATCHES, CONTEXTS = (1, 4, 16), (128, 1024)
 
 
 # --- the policies ----------------------------------------------------------------------------------------------------
@@ -203,8 +189,9 @@ def evidence(name: str) -> Iterator[Row]:
         yield from frontier(benchmark, where)
         yield from references(benchmark, where)
         yield from judged(benchmark, chosen, None if plain is None else plain.benchmarks[place], where, wanted)
-    yield from speeds(name, chosen)
+    yield from speeds(name, [parse_policy(one) for one in (chosen.fastest, chosen.lossless) if one is not None])
     yield from stops(name, manifest)
+    yield loading(name)
 
 
 def frontier(benchmark: BenchmarkReport, where: str) -> Iterator[Row]:
@@ -270,106 +257,12 @@ def unshortened(
         return report
 
 
-# --- speed of batches ------------------------------------------------------------------------------------------------
-
-
-def speeds(name: str, chosen: Chosen) -> Iterator[Row]:
-    """Speedup per token of what was chosen, by batch and context; intervals over the batches, each of other files."""
-    engine = Engine(MODEL, name, threads=THREADS)
-    specs = [parse_policy(one) for one in (chosen.fastest, chosen.lossless) if one is not None]
-    engine.warm_up(specs)
-    for context in CONTEXTS:
-        for size in BATCHES:
-            rounds = [_round(engine, batch, specs) for batch in batches(engine, context, size)]
-            group = np.arange(len(rounds)).astype(str).astype(object)
-            full = [done[FULL] for done in rounds]
-            for spec in specs:
-                done = [one[spec] for one in rounds]
-                columns = [[d.decode_ns / d.decode_tokens for d in which] for which in (full, done)]
-                found = estimate(_ratio, group, *columns)
-                ideal = sum(d.ideal_ns for d in full) / sum(d.ideal_ns for d in done)
-                label = f"{name}: {spec.label}, batch {size}, context {context}: speedup (ideal {ideal:.2f})"
-                yield row(label, Estimate(**found), "x")
-
-
-def _round(engine: Engine, batch: list[Prompt], specs: list[PolicySpec]) -> dict[PolicySpec, Decoded]:
-    """One batch under full depth and all specs, each from the same prefill."""
-    start = engine.prefill(batch, NEW)
-    return {spec: engine.decode(start, spec, max_new_tokens=NEW, ends_with_line=False) for spec in (FULL, *specs)}
-
-
-def batches(engine: Engine, context: int, size: int, count: int = 6) -> Iterator[list[Prompt]]:
-    """Prompts of one length out of the source tree, a file each."""
-    texts = iter(_texts())
-    for _ in range(count):
-        batch: list[Prompt] = []
-        while len(batch) < size:
-            ids = engine.tokenizer(next(texts))["input_ids"]
-            batch += [Prompt(ids[:context])] if len(ids) >= context else []
-        yield batch
-
-
-@cache
-def _texts() -> list[str]:
-    """Files of the source tree, none of them short, in an order that a seed fixes."""
-    files = sorted(source_folder(SOURCE).rglob("*.py"))
-    order = np.random.default_rng(SEED).permutation(len(files))
-    return [files[place].read_text("utf-8", errors="ignore") for place in order if files[place].stat().st_size > 6_000]
-
-
-# --- stops -----------------------------------------------------------------------------------------------------------
-
-
-def stops(name: str, manifest: ExitsManifest, windows: int = 120, length: int = 256) -> Iterator[Row]:
-    """How well the controller knows, teacher-forced, that no layer is right; intervals over files."""
-    if not manifest.controller:
-        return
-    engine = Engine(MODEL, name, threads=THREADS)
-    cut = [
-        Window(engine.tokenizer(text[:4_000])["input_ids"][:length], SOURCE, str(place))
-        for place, text in enumerate(_texts()[:windows])
-    ]
-    cut = [window for window in cut if len(window.token_ids) == length]
-    with tempfile.TemporaryDirectory() as folder:
-        states = cache_states(engine.stack, cut, manifest.exit_points, Path(folder), lambda done, total: None)
-        tokens, _ = predictions(engine.heads, states, lambda done, total: None)
-        label = labels(tokens, states)
-        place = np.repeat(np.arange(len(cut)), len(states) // len(cut))
-        for depth, point in enumerate(manifest.exit_points):
-            hidden = torch.from_numpy(np.array(states.hidden[:, depth])).to(engine.stack.unembedding)
-            with torch.inference_mode():
-                judged = engine.heads.judge(point, hidden)[:, 2].cpu()
-            so = label[:, depth] == 2
-            where = f"{name}, {SOURCE}, {len(cut)} files: stop at exit point {point}"
-            yield _over_files(f"{where}: AUROC", judged, so, place, auroc, 0.75)
-            yield _over_files(f"{where}: lift at recall 0.3", judged, so, place, lambda s, o: lift(s, o, 0.3), 2.0)
-
-
-def _over_files(name: str, score: Any, so: Any, place: np.ndarray, figure: Any, at_least: float) -> Row:
-    """The figure, and its interval by drawing files anew."""
-    draw, members = np.random.default_rng(SEED), [np.flatnonzero(place == one) for one in range(place.max() + 1)]
-    drawn = [np.concatenate([members[one] for one in draw.integers(0, len(members), len(members))]) for _ in range(200)]
-    values = [figure(score[chosen], so[chosen]) for chosen in drawn]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return Row(name, figure(score, so), float(low), float(high), "", at_least=at_least)
-
-
 # --- small things ----------------------------------------------------------------------------------------------------
-
-
-def row(name: str, found: Estimate, unit: str, at_least: float | None = None) -> Row:
-    """An estimate as a row; an end that is not known is nan."""
-    value, low, high = (np.nan if one is None else one for one in (found.value, found.low, found.high))
-    return Row(name, value, low, high, unit, at_least=at_least)
 
 
 def _run(benchmark: BenchmarkReport, asked: dict[str, Any]) -> RunReport:
     label = parse_policy(asked).label
     return next(run for run in benchmark.runs if run.policy == label)
-
-
-def _ratio(top: Any, bottom: Any, *, axis: int) -> Any:
-    return top.sum(axis) / bottom.sum(axis)
 
 
 def _check_unseen(manifest: ExitsManifest) -> None:

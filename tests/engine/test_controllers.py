@@ -9,6 +9,7 @@ from tiny_models import EOS, HIDDEN, POINTS, facts_of, open_engine, random_promp
 
 from engine.controllers import Controller, bias_name, promised, weight_name
 from engine.engine import Engine
+from engine.errors import BadInput
 from engine.exits import AFTER_EXIT
 from engine.policies import ControlledExit, View
 from engine.spec import policy
@@ -78,6 +79,12 @@ def test_the_decoder_tells_the_controller_who_left(
             for step in range(1, len(decisions)):
                 assert by_place[row, step] == (decisions[step - 1] == "exit"), (row, step)
     assert all(EOS not in completion.token_ids[:-1] for completion in done)
+
+
+def test_the_papers_policy_is_not_about_another_controller(engine: Engine) -> None:
+    with pytest.raises(BadInput, match="have a 'calibrated' one; use the policy 'controller'"):
+        engine.check(policy("sec", exit=0.5, stop=0.5))
+    engine.check(policy("controller", exit=0.5, stop=0.5))
 
 
 def test_verified_tokens_of_a_controller_that_recalls_are_full_depths(engine: Engine) -> None:
