@@ -24,7 +24,6 @@ AFTER_EXIT = "controllers.after_exit"
 #: the name of the exits that every model brings along
 TIED = "tied"
 
-
 #: of a reliability diagram: mean probability that was said, share that was so, places
 Bin = tuple[float, float, int]
 
@@ -161,6 +160,7 @@ def write_bundle(out: Path, manifest: ExitsManifest, tensors: Mapping[str, "Tens
 
     out: absent or empty; nothing else is ever replaced. Raises `BadInput` where it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
@@ -176,8 +176,9 @@ def write_bundle(out: Path, manifest: ExitsManifest, tensors: Mapping[str, "Tens
         manifest = manifest.model_copy(update={"tensors_hash": digest})
         (made / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         made.replace(out)
-    except OSError as error:
-        raise BadInput(f"out: {out} cannot be written ({error.strerror}); make room, or give another folder.") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadInput(f"out: {out} cannot be written ({reason}); make room, or give another folder.") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return manifest
@@ -210,10 +211,9 @@ def check_policy(policy: PolicySpec, manifest: ExitsManifest | None, n_layers: i
         raise BadInput(
             f"policy {policy.kind!r} needs a controller, and the exits of {manifest.model!r} have none; train one."
         )
-    asks = getattr(policy, "asks", None)
-    if asks is not None and manifest is not None and manifest.controller != asks:
+    if policy.asks is not None and manifest is not None and manifest.controller != policy.asks:
         raise BadInput(
-            f"policy {policy.kind!r} is about the controller {asks!r}, and the exits of {manifest.model!r} have a "
+            f"policy {policy.kind!r} is about the controller {policy.asks!r}, and the exits of {manifest.model!r} have a "
             f"{manifest.controller!r} one; use the policy 'controller'."
         )
     from engine.policies import build_rule

@@ -31,6 +31,8 @@ class PolicySpec(Spec):
     rule: ClassVar[str]
     #: what an exit bundle must have for this policy
     needs: ClassVar[Literal["nothing", "heads", "controller", "tuning"]] = "heads"
+    #: the kind of controller that it is about; None: whichever the bundle has
+    asks: ClassVar[ControllerKind | None] = None
     #: whether it runs the model as it came, where the exits tune it
     untuned: ClassVar[bool] = False
 
@@ -226,8 +228,6 @@ class Controller(PolicySpec):
     kind = "controller"
     rule = "engine.policies:ControlledExit"
     needs = "controller"
-    #: the kind of controller that it is about; None: whichever the bundle has
-    asks: ClassVar[ControllerKind | None] = None
 
     exit: Probability
     stop: Probability
