@@ -151,7 +151,7 @@ def test_sec_rule_at_its_edges(
     heads = tiny_engine("llama", head="tied").heads
     wanted = torch.tensor(logits, dtype=torch.float32)
     eye = torch.eye(3, HIDDEN)  # logits are the state's first three places, to the bit
-    plain = Heads(heads.stack, "tied", POINTS, {"controller": eye})
+    plain = Heads(heads.stack, "tied", POINTS, {"controller": eye}, "sec")
     state = torch.zeros(HIDDEN).index_copy(0, torch.arange(3), wanted)
     assert _verdict(plain, policy("sec", exit=exit, stop=stop), point, state[None]) == [expected]
     assert sec_rule(state.tolist(), eye.tolist(), exit, stop, last=point == N_LAYERS) == expected
