@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 CODE := cluster workers engine db tests shortstop.py
 
-.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-training clean
+.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-exits bench-training clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -40,6 +40,10 @@ bench-cluster: $(STAMP)
 bench-service: $(STAMP)
 	$(BIN)/python -m tests.bench.service
 	$(BIN)/python -m tests.bench.pages
+
+# What each shipped bundle is worth, hours of it: BENCH_SAMPLES=1500 for figures of quality, BENCH_BUNDLES for some only
+bench-exits: $(STAMP)
+	$(BIN)/python -m tests.bench.exits
 
 bench-scoring: $(STAMP)
 	$(BIN)/python -m tests.bench.scoring

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 import cluster.errors
 import db.errors
 import engine.errors
-from cluster.cli import catalogue, exchange, finished, fleet, jobs, machine, query, serve, status, training
+from cluster.cli import catalogue, exchange, exits, finished, fleet, jobs, machine, query, serve, status, training
 from cluster.cli.output import note
 
 
@@ -98,6 +98,15 @@ benchmarks = typer.Typer(
 benchmarks.callback()(catalogue.benchmarks)
 benchmarks.command()(catalogue.show)
 app.add_typer(benchmarks, name="benchmarks")
+
+bundles = typer.Typer(
+    help="Exit bundles: look at them, check them, take those of other projects.", no_args_is_help=True
+)
+bundles.command("list")(exits.list_exits)
+bundles.command()(exits.show)
+bundles.command()(exits.verify)
+bundles.command("import")(exits.import_exits)
+app.add_typer(bundles, name="exits")
 
 keys = typer.Typer(help="Look after the API keys of a server's clients.", no_args_is_help=True)
 keys.command()(serve.create)

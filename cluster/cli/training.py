@@ -48,7 +48,7 @@ def train(
     if as_json:
         print(manifest.model_dump_json(indent=2))
     else:
-        _print_scores(manifest)
+        print_scores(manifest)
         note(f"exits written to {out}")
 
 
@@ -105,7 +105,7 @@ def _losses(now: "Progress") -> str:
     return f"loss {now.loss:.3f}" + (f", exits {exits}" if exits else "")
 
 
-def _print_scores(manifest: "ExitsManifest") -> None:
+def print_scores(manifest: "ExitsManifest") -> None:
     """Held-out scores, a row an exit point."""
     columns = sorted({name for scores in manifest.scores.values() for name in scores})
     print_table(

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.deltas import PREFIX
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-PREFIX = "deltas."
 
 
 class Backbone:
@@ -33,11 +33,9 @@ class Backbone:
         self.n_layers = model.config.num_hidden_layers
         self.device = next(model.parameters()).device
         self.deltas: dict[str, nn.Parameter] = {}
-        self._replaced: dict[str, Any] = {}
         for name, module in list(projections(model)):
             tuned = TunedProjection(module, rank, generator).to(self.device)
             self.deltas |= {f"{PREFIX}{name}.a": tuned.a, f"{PREFIX}{name}.b": tuned.b}
-            self._replaced[name] = module
             model.set_submodule(name, tuned)
         if deltas is not None:
             self.load(deltas)
@@ -62,19 +60,6 @@ class Backbone:
         self._dropped, self._passed = dropped, {}
         self.body(input_ids=ids, use_cache=False)
         return [self._passed[point] for point in points]
-
-    @torch.no_grad()
-    def merged(self, deltas: Mapping[str, Tensor]) -> "PreTrainedModel":
-        """The model with these deltas in its weights, as plain as it was; this backbone cannot be used afterwards."""
-        for name, module in self._replaced.items():
-            tuned: Any = self.model.get_submodule(name)
-            delta = deltas[f"{PREFIX}{name}.b"].float() @ deltas[f"{PREFIX}{name}.a"].float()
-            weight = tuned.weight + delta.to(self.device)
-            module.weight.data = weight.t().contiguous() if is_transposed(module) else weight
-            self.model.set_submodule(name, module)
-        for layer in layers_of(self.model)[1]:
-            del layer.forward
-        return self.model
 
     def norm(self, states: Tensor) -> Tensor:
         """The norm in front of the unembedding."""

@@ -1,12 +1,26 @@
 """What a caller may ask of training. No torch here."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from engine.spec import Device, HeadKind, Probability, Spec
+from engine.spec import ControllerKind, Device, HeadKind, Probability, Spec
 
+Labels = Literal["sec", "agrees"]
 Target = Literal["full", "choice", "reference", "mix"]
+
+
+class ControllerSpec(Spec):
+    """A controller on top of the heads."""
+
+    kind: ControllerKind = Field(
+        "sec", description="sec: one matrix for all exit points; calibrated: one each, its probabilities those observed"
+    )
+    labels: Labels = Field(
+        "sec", description="sec: exit from the first right layer on; agrees: exit where full depth says the same"
+    )
+    epochs: int = Field(4, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
 
 
 class CorpusSpec(Spec):
@@ -87,7 +101,7 @@ class TrainSpec(CorpusSpec, Pace):
     head: HeadKind = "lens"
     rank: int = Field(128, ge=1, description="of a lens")
     shortlist: int | None = Field(None, ge=2, description="let heads choose among the most frequent tokens only")
-    controller: bool = True
+    controller: ControllerSpec | None = Field(ControllerSpec(), description="true: SEC's; false: none")
     target: Target = Field(
         "full", description="heads learn full depth's distribution, its choice, the source's next token, or a mix"
     )
@@ -108,3 +122,11 @@ class TrainSpec(CorpusSpec, Pace):
         if self.tuning is not None and self.shortlist is None:
             raise ValueError("shortlist is missing, and tuning compares its tokens in every step; give some thousands.")
         return self
+
+    @field_validator("controller", mode="before")
+    @classmethod
+    def _by_a_word(cls, value: Any) -> Any:
+        """`true`, `false`, or a kind alone."""
+        if isinstance(value, bool):
+            return ControllerSpec() if value else None
+        return {"kind": value} if isinstance(value, str) else value

@@ -61,7 +61,7 @@ def cache_states(
 ) -> States:
     """Run every window once; go on where an interrupted call left off."""
     folder.mkdir(parents=True, exist_ok=True)
-    places = [len(window.token_ids) - 1 - SKIPPED for window in windows]
+    places = places_of(windows)
     starts = np.concatenate([[0], np.cumsum(places)])
     note = folder / "done.json"
     done = json.loads(note.read_text())["windows"] if note.exists() else 0
@@ -81,6 +81,11 @@ def cache_states(
             note.write_text(json.dumps({"windows": end}))
         on_progress(int(starts[end]), int(starts[-1]))
     return states
+
+
+def places_of(windows: list[Window]) -> list[int]:
+    """How many places each window has."""
+    return [len(window.token_ids) - 1 - SKIPPED for window in windows]
 
 
 def _open(folder: Path, places: int, depths: int, stack: LayerStack, new: bool) -> States:

@@ -4,9 +4,7 @@ Everything on the way lies in `<out>.work`: the same command goes on where it wa
 the end.
 """
 
-import hashlib
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,29 +13,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.architectures import build_stack, check_family
+from engine.deltas import PREFIX, merge_deltas, tuned_weights_hash
 from engine.device import find_device
 from engine.errors import BadInput
 from engine.exits import (
-    MANIFEST,
     TENSORS,
     ExitsManifest,
     check_exit_points,
     check_weights,
     find_bundle,
     read_manifest,
+    write_bundle,
 )
 from engine.heads import Heads
 from engine.loading import ModelFacts, load_model, load_tokenizer, resolve_model
 from engine.stack import LayerStack
-from engine.training.backbone import PREFIX, Backbone
+from engine.training.backbone import Backbone
 from engine.training.checkpoint import Log
-from engine.training.controller import labels, predictions, train_controller
+from engine.training.controller import train_controller
 from engine.training.corpus import Corpus, Entry, read_corpora
 from engine.training.heads import HeadTrainer
 from engine.training.scores import held_out_scores
 from engine.training.shortlist import choose_shortlist, coverage
 from engine.training.spec import TrainSpec
-from engine.training.states import cache_states
+from engine.training.states import cache_states, places_of
 from engine.training.tuning import Tuner
 from engine.training.workplace import OnProgress, Progress, Workplace, reported
 
@@ -82,18 +81,21 @@ def train(
         tensors |= trainer.train(reported(on_progress, "heads"))
     with torch.inference_mode():
         heads = Heads(stack, spec.head, spec.exit_points, tensors)
-    if spec.controller:
-        said, _ = predictions(heads, learned, _report(on_progress, "predictions"))
-        label = labels(said, learned)
-        tensors["controller"] = train_controller(
-            heads, learned, label, spec.seed, _report(on_progress, "controller", "steps")
-        )
+    if spec.controller is not None:
+        tensors |= train_controller(
+            heads, learned, places_of(cached), spec.controller, spec.seed, work,
+            lambda stage: _report(on_progress, stage, {"predictions": "tokens"}.get(stage, "steps")),
+        )  # fmt: skip
         with torch.inference_mode():
-            heads = Heads(stack, spec.head, spec.exit_points, tensors)
-    scores = held_out_scores(heads, held, _report(on_progress, "scores"))
+            heads = Heads(stack, spec.head, spec.exit_points, tensors, spec.controller.kind)
+    rule = spec.controller.labels if spec.controller else "sec"
+    found = held_out_scores(heads, held, _report(on_progress, "scores"), places_of(kept.windows), rule)
     if "shortlist" in tensors:
-        scores["full"]["shortlist_coverage"] = coverage(tensors["shortlist"].long(), kept.windows, facts.vocab_size)
-    written = _write(place.out, _manifest(spec, facts, corpus.manifest, kept.manifest, tensors, scores), tensors)
+        found.scores["full"]["shortlist_coverage"] = coverage(
+            tensors["shortlist"].long(), kept.windows, facts.vocab_size
+        )
+    manifest = _manifest(spec, facts, corpus.manifest, kept.manifest, tensors)
+    written = write_bundle(place.out, manifest.model_copy(update=found._asdict()), tensors)
     shutil.rmtree(work)
     return written
 
@@ -154,8 +156,7 @@ def _stack(spec: TrainSpec, facts: ModelFacts, tensors: dict[str, Tensor]) -> La
     """The layers that states come from: the model as it is, or with its deltas."""
     model = load_model(facts).to(find_device(spec.device))
     deltas = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
-    if deltas:
-        model = Backbone(model, 1, torch.Generator(), None).merged(deltas)
+    merge_deltas(model, deltas)
     return build_stack(model)
 
 
@@ -169,7 +170,6 @@ def _manifest(
     corpus: list[Entry],
     kept: list[Entry],
     tensors: dict[str, Tensor],
-    scores: dict[str, dict[str, float]],
 ) -> ExitsManifest:
     return ExitsManifest(
         model=spec.model,
@@ -181,22 +181,9 @@ def _manifest(
         head=spec.head,
         rank=spec.rank if spec.head == "lens" else None,
         shortlist=spec.shortlist,
-        controller=spec.controller,
+        controller=spec.controller.kind if spec.controller else None,
         training=spec.model_dump(mode="json"),
         corpus=[*corpus, *({**entry, "held_out": True} for entry in kept)],
-        scores=scores,
+        tuned_weights_hash=tuned_weights_hash(facts.weights_hash, tensors),
         tensors_hash="",
     )
-
-
-def _write(out: Path, manifest: ExitsManifest, tensors: dict[str, Tensor]) -> ExitsManifest:
-    """Both files into a folder of their own, moved into place whole."""
-    made = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
-    made.chmod(0o755)  # mkdtemp makes it the owner's alone
-    save_file(tensors, made / TENSORS)
-    (made / TENSORS).chmod(0o644)
-    digest = hashlib.sha256((made / TENSORS).read_bytes()).hexdigest()
-    manifest = manifest.model_copy(update={"tensors_hash": digest})
-    (made / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    made.replace(out)  # absent or empty: nothing else is ever replaced
-    return manifest

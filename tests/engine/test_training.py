@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import own_cache
+from tiny_models import HIDDEN, own_cache
 
+from engine.controllers import promised
 from engine.engine import Engine
 from engine.errors import BadInput
 from engine.exits import TENSORS, read_manifest
 from engine.training.checkpoint import NotFinite
-from engine.training.controller import labels
 from engine.training.heads import HeadTrainer
+from engine.training.labels import labels, left_before
+from engine.training.scores import auroc, lift, reliability_bins
 from engine.training.spec import Target, TrainSpec
 from engine.training.states import States
 from engine.training.targets import targets
@@ -66,10 +68,14 @@ def changed(spec: TrainSpec, **fields: object) -> TrainSpec:
     return TrainSpec.model_validate(spec.model_dump() | fields)
 
 
-@pytest.mark.parametrize(("stage", "done"), [("states", 200), ("heads", 60), ("controller", 1)])
+@pytest.mark.parametrize(
+    ("stage", "done", "controller"),
+    [("states", 200, "sec"), ("heads", 60, "sec"), ("controller", 1, "sec"), ("controller", 55, "calibrated")],
+)
 def test_an_interrupted_training_ends_as_an_unbroken_one(
-    world: TrainSpec, tmp_path: Path, stage: str, done: int
+    world: TrainSpec, tmp_path: Path, stage: str, done: int, controller: str
 ) -> None:
+    world = changed(world, controller={"kind": controller, "epochs": 60})
     train(world, tmp_path / "unbroken")
     with pytest.raises(PowerCut):
         train(world, tmp_path / "broken", cut_at(stage, done))
@@ -77,8 +83,9 @@ def test_an_interrupted_training_ends_as_an_unbroken_one(
     train(world, tmp_path / "broken")
 
     whole, resumed = (load_file(tmp_path / name / TENSORS) for name in ("unbroken", "broken"))
+    controllers = promised(controller, world.exit_points, HIDDEN)  # type: ignore[arg-type]
     assert whole.keys() == resumed.keys() == {
-        "shortlist", "controller", "heads.2.down", "heads.2.up", "heads.4.down", "heads.4.up",
+        "shortlist", *controllers, "heads.2.down", "heads.2.up", "heads.4.down", "heads.4.up",
     }  # fmt: skip
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
@@ -127,6 +134,55 @@ def test_labels_are_those_of_sec() -> None:
         [go, go, go, leave],
         [stop, stop, stop, stop],
     ]
+
+
+def test_labels_by_agreement_ask_for_full_depth_at_each_exit_point() -> None:
+    """Exit only where this very exit point says what full depth says; stop where full depth errs, whoever agrees."""
+    said = torch.tensor([[7, 1, 7], [1, 7, 1], [1, 1, 1]])
+    nothing = torch.zeros((3, 1, 1)).half().numpy()
+    states = States(nothing, torch.tensor([7, 7, 7]).int().numpy(), torch.tensor([7, 7, 1]).int().numpy())  # type: ignore[arg-type]
+    go, leave, stop = 0, 1, 2
+    assert labels(said, states, "agrees").tolist() == [
+        [leave, go, leave, leave],
+        [go, leave, go, leave],
+        [stop, stop, stop, stop],
+    ]
+
+
+def test_who_left_before_is_the_place_before_within_a_window() -> None:
+    go, leave, stop = 0, 1, 2
+    label = torch.tensor([[go, leave], [leave, leave], [stop, stop], [leave, leave], [go, leave], [go, leave]])
+    assert left_before(label, [4, 2]).tolist() == [False, False, True, False, False, False]
+
+
+def test_calibrated_probabilities_are_shares(world: TrainSpec, tmp_path: Path) -> None:
+    """On code like that it was calibrated on, the mean probability of each class is the class's share."""
+    spec = changed(
+        world, controller={"kind": "calibrated", "epochs": 30}, holdout=world.corpus[:1], corpus=world.corpus[1:],
+        holdout_tokens=1000,
+    )  # fmt: skip
+    manifest = train(spec, tmp_path / "bundle")
+    assert manifest.controller == "calibrated"
+    for point, classes in manifest.reliability.items():
+        assert set(classes) == {"exit", "stop"}
+        for name, bins in classes.items():
+            places = sum(count for *_, count in bins)
+            said = sum(mean * count for mean, _, count in bins) / places
+            so = sum(share * count for _, share, count in bins) / places
+            assert so == pytest.approx(manifest.scores[point][f"{name}_base_rate"])
+            assert said == pytest.approx(so, abs=0.15)
+
+
+def test_scores_of_a_class() -> None:
+    score = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    so = torch.tensor([True, False, True, False, False, False, False, True])
+    assert auroc(score, so) == pytest.approx((5 + 4 + 0) / 15)
+    assert auroc(torch.ones(8), so) == 0.5
+    assert lift(score, so, 0.3) == pytest.approx(1 / (3 / 8))
+    assert lift(score, so, 0.5) == pytest.approx((2 / 3) / (3 / 8))
+    assert lift(score, ~so & so, 0.3) == auroc(score, ~so & so) == 0
+    bins = reliability_bins(torch.tensor([0.02, 0.08, 0.95, 1.0]), torch.tensor([False, True, True, True]))
+    assert bins == [(pytest.approx(0.05), 0.5, 2), (pytest.approx(0.975), 1.0, 2)]
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(
