@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 CODE := cluster workers engine db tests shortstop.py
 
-.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-exits clean
+.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-exits bench-training clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -47,6 +47,10 @@ bench-exits: $(STAMP)
 
 bench-scoring: $(STAMP)
 	$(BIN)/python -m tests.bench.scoring
+
+# Heads on cached states, and tuning, of SmolLM2; two minutes on two quiet cores
+bench-training: $(STAMP)
+	$(BIN)/python -m tests.bench.training
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

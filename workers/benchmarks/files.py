@@ -9,12 +9,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from engine.errors import BadInput
+from engine.languages import LARGEST_FILE, LONGEST_LINE
 from workers.benchmarks.lines import Language
-
-#: longer lines are data or minified code, not something that anyone completes
-LONGEST_LINE = 2_000
-#: a larger file is generated
-LARGEST_FILE = 2 * 1024 * 1024
 
 _NOT_SOURCE = {"__pycache__", "node_modules"}
 
