@@ -213,8 +213,8 @@ def check_policy(policy: PolicySpec, manifest: ExitsManifest | None, n_layers: i
         )
     if policy.asks is not None and manifest is not None and manifest.controller != policy.asks:
         raise BadInput(
-            f"policy {policy.kind!r} is about the controller {policy.asks!r}, and the exits of {manifest.model!r} have a "
-            f"{manifest.controller!r} one; use the policy 'controller'."
+            f"policy {policy.kind!r} is about the controller {policy.asks!r}, and the exits of {manifest.model!r} "
+            f"have a {manifest.controller!r} one; use the policy 'controller'."
         )
     from engine.policies import build_rule
 

@@ -7,7 +7,8 @@ by doing the same without the shortlist, and without stops. At batch 4 and 16, a
 
 In the environment: BENCH_SAMPLES of each benchmark (150; a quality figure wants 1,500 from 100 source groups),
 BENCH_SWEEP samples for the choice (60), BENCH_ROUNDS batches behind each speed (6), BENCH_BUNDLES (all that are
-shipped), BENCH_SOURCE (torch). The reports, with the frontiers drawn, and the record lie beside the table in build/bench/.
+shipped), BENCH_SOURCE (torch). The reports, with the frontiers drawn, and the record lie beside the table in
+build/bench/.
 """
 
 import os
