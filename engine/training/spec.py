@@ -45,6 +45,16 @@ class CorpusSpec(Spec):
     device: Device = "auto"
     threads: int | None = Field(None, ge=1)
 
+    @model_validator(mode="after")
+    def _hold_a_window(self) -> "CorpusSpec":
+        for name in ("tokens", "holdout_tokens"):
+            if getattr(self, name) < self.context:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, less than one window of context {self.context}; raise it, or "
+                    "lower context."
+                )
+        return self
+
 
 class Pace(Spec):
     """How training goes, whatever is trained."""

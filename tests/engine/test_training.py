@@ -114,7 +114,8 @@ def test_a_trained_bundle_serves_its_model_and_says_how_it_was_made(
 
 def test_lenses_learn(world: TrainSpec, tmp_path: Path) -> None:
     """More training, more agreement with full depth on what was learned: a wrong loss would not show it."""
-    little, much = (changed(world, epochs=n, holdout=world.corpus[1:], corpus=world.corpus[:1]) for n in (1, 60))
+    world = changed(world, shortlist=None, holdout=world.corpus[1:], corpus=world.corpus[:1])
+    little, much = (changed(world, epochs=n) for n in (1, 60))
     scores = [train(spec, tmp_path / str(spec.epochs)).scores["2"]["agrees"] for spec in (little, much)]
     assert scores[1] > scores[0]
 
@@ -140,7 +141,8 @@ def test_labels_by_agreement_ask_for_full_depth_at_each_exit_point() -> None:
     """Exit only where this very exit point says what full depth says; stop where full depth errs, whoever agrees."""
     said = torch.tensor([[7, 1, 7], [1, 7, 1], [1, 1, 1]])
     nothing = torch.zeros((3, 1, 1)).half().numpy()
-    states = States(nothing, torch.tensor([7, 7, 7]).int().numpy(), torch.tensor([7, 7, 1]).int().numpy())  # type: ignore[arg-type]
+    tokens = (torch.tensor([7, 7, 7]).int().numpy(), torch.tensor([7, 7, 1]).int().numpy())
+    states = States(nothing, *tokens, top=nothing, top_shares=nothing)  # type: ignore[arg-type]
     go, leave, stop = 0, 1, 2
     assert labels(said, states, "agrees").tolist() == [
         [leave, go, leave, leave],
@@ -206,7 +208,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(
         ({"exit_points": (2, 9)}, "9 is outside the model; give layers from 1 to 6"),
         ({"corpus": ["no_such_package"]}, "'no_such_package' is neither a folder nor an installed package"),
         ({"shortlist": 100_000}, "shortlist is 100000, but the vocabulary"),
-        ({"context": 4096, "tokens": 9000}, "6 files are no python of 4096 tokens or more"),
+        ({"context": 4096, "tokens": 9000, "holdout_tokens": 9000}, "6 files are no python of 4096 tokens or more"),
     ],
 )
 def test_a_spec_that_cannot_be_trained_is_refused(
@@ -279,6 +281,12 @@ def test_targets_are_distributions_over_all_outputs(target: Target) -> None:
     assert wanted[0].tolist() == pytest.approx(rows[target])
     if target in ("choice", "reference"):
         assert wanted[1].tolist() == [0.25] * 4
+
+
+@pytest.mark.parametrize("field", ["tokens", "holdout_tokens"])
+def test_fewer_tokens_than_a_window_has_are_refused(world: TrainSpec, field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} is 1000, less than one window of context 2048"):
+        changed(world, context=2048, **{"tokens": 4096, "holdout_tokens": 4096, field: 1000})
 
 
 def test_what_is_measured_must_not_have_been_learned(world: TrainSpec, tmp_path: Path) -> None:

@@ -118,12 +118,12 @@ def test_a_backbone_starts_as_its_model_and_ends_as_its_model_with_the_deltas(
     backbone = Backbone(load_model(facts), 3, torch.Generator().manual_seed(0), None)
     with torch.no_grad():
         [states] = backbone.states(ids, (facts.n_layers,))
-        before = F.linear(backbone.norm(states), plain.get_output_embeddings().weight)
+        before = plain.get_output_embeddings()(backbone.norm(states))
         torch.testing.assert_close(before, plain(ids).logits)
         for parameter in backbone.deltas.values():
             parameter.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
         [states] = backbone.states(ids, (facts.n_layers,))
-        tuned = F.linear(backbone.norm(states), plain.get_output_embeddings().weight)
+        tuned = plain.get_output_embeddings()(backbone.norm(states))
         assert not torch.allclose(tuned, before, atol=1e-2)
         merge_deltas(plain, {name: parameter.detach() for name, parameter in backbone.deltas.items()})
         torch.testing.assert_close(plain(ids).logits, tuned, atol=1e-4, rtol=1e-4)
