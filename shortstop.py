@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from cluster.replays import ReplayReport
     from cluster.reports.model import JobReport, RunReport
     from cluster.spec import JobSpec
+    from cluster.training import train
     from db.errors import RecordError
     from engine.engine import Engine
     from engine.errors import BadInput, EngineError
     from engine.record import Completion
     from engine.spec import PolicySpec, policy
     from engine.training.spec import TrainSpec
-    from engine.training.train import train
 
 #: where each public name lives
 _HOMES = {
@@ -52,7 +52,7 @@ _HOMES = {
     "rescore": "cluster.embedded",
     "tokens": "cluster.embedded",
     "traces": "cluster.embedded",
-    "train": "engine.training.train",
+    "train": "cluster.training",
 }
 
 __all__ = [

@@ -22,7 +22,7 @@ from engine.errors import BadInput
 from engine.exits import ExitsManifest, check_policy, check_weights, exits_hash, find_exits, read_manifest
 from engine.loading import ModelFacts, load_tokenizer, resolve_model
 from engine.shapes import head_parameters, model_shape
-from engine.spec import PolicySpec
+from engine.spec import Original, PolicySpec
 from workers.benchmarks.catalogue import load_benchmark
 from workers.benchmarks.sample import Benchmark
 from workers.bundle import pack
@@ -148,7 +148,8 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         )
     folder = None if spec.exits is None else find_exits(spec.exits, facts)
     manifest = None if folder is None else read_manifest(folder)
-    _check_exits(spec.policies, manifest, facts)
+    policies = with_references(spec.policies, manifest)
+    _check_exits(policies, manifest, facts)
     versions = metrics_of_workers(spec.metrics)
     benchmarks = _load_benchmarks(spec)
     _check_differ(benchmarks)
@@ -163,6 +164,7 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         max_context=facts.max_context,
         exits=spec.exits,
         exits_hash=None if folder is None else exits_hash(folder),
+        tuned_weights_hash=manifest.tuned_weights_hash if manifest else None,
         head=manifest.head if manifest else None,
         exit_points=manifest.exit_points if manifest else (),
         device=device.type,
@@ -185,10 +187,18 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         git_revision=_git_revision(),
         **_traced(spec, facts, manifest),
     )
-    policies = [planned_policy(policy, manifest) for policy in spec.policies]
+    planned = [planned_policy(policy, manifest) for policy in policies]
     if spec.trace is not None:
-        policies = [PlannedPolicy(label=TRACE, kind=TRACE, spec={TRACE: {"target": spec.trace}})]
-    return Resolved(pinned, benchmarks, policies, folder)
+        planned = [PlannedPolicy(label=TRACE, kind=TRACE, spec={TRACE: {"target": spec.trace}})]
+    return Resolved(pinned, benchmarks, planned, folder)
+
+
+def with_references(policies: Sequence[PolicySpec], manifest: ExitsManifest | None) -> list[PolicySpec]:
+    """The policies; where the exits tune the model, the model as it came stands behind `full`, the other reference."""
+    if manifest is None or not manifest.tunes or any(policy.untuned for policy in policies):
+        return list(policies)
+    place = next(i for i, policy in enumerate(policies) if policy.kind == "full") + 1
+    return [*policies[:place], Original(), *policies[place:]]
 
 
 def _traced(spec: JobSpec, facts: ModelFacts, manifest: ExitsManifest | None) -> dict[str, Any]:

@@ -384,3 +384,5 @@ class RunData:
     full_decode_ns: npt.NDArray[np.int64] | None = None
     #: the `full` run of the same benchmark in the same job; None for that run itself
     full: "RunData | None" = None
+    #: the same of the model as it came, where the job's exits tune it
+    original: "RunData | None" = None

@@ -100,6 +100,7 @@ class Decoding:
         #: a row's stop that waits for its drafts to be verified: exit point and confidence
         self.stopping: dict[int, tuple[int, float]] = {}
         self.depth = stack.n_layers - len(rule.removed)  # layers that a token at full depth runs
+        self.recalls = rule.recalls and heads.controller is not None and heads.controller.recalls
         self.rule.begin(Batch(start.keys, new, stack.device))
         self._write(self.living, start.first, stack.n_layers, Decision.FULL)
 
@@ -144,6 +145,11 @@ class Decoding:
             return False
         return self.rule.may_leave(row, self.debts.waiting(row, step))
 
+    def _left_before(self, rows: list[int]) -> list[bool]:
+        """Of each row, whether its newest token left early; a draft did, whether it was kept yet or not."""
+        before = [self.at[row] - 1 for row in rows]
+        return list((self.decisions[rows, before] == Decision.EXIT) | (self.drafts[rows, before] > 0))
+
     def _exits_in_row(self, row: int) -> int:
         """How many of the row's newest tokens left early, one after another."""
         step = self.at[row]
@@ -186,13 +192,15 @@ class Decoding:
         if not asked:
             return rows, states
         everyone = len(asked) == len(rows)
+        of_view = [rows[place] for place in asked]
         view = View(
             self.heads,
             point,
-            [rows[place] for place in asked],
+            of_view,
             states if everyone else states[asked],
             [self.at[rows[place]] for place in asked],
             previous if everyone or previous is None else previous[asked],
+            self._left_before(of_view) if self.recalls else None,
         )
         verdict = self.rule.decide(view)
         if view.predicted:

@@ -14,6 +14,7 @@ from engine import matrices
 from engine.architectures import build_stack, check_family
 from engine.cost import Cost, Machine, Work, cost
 from engine.decode import Decoding, Ends, Prefill, prefill
+from engine.deltas import merge_deltas, read_deltas
 from engine.device import describe_device_class, find_device
 from engine.errors import BadInput, NumericalError, OutOfMemory
 from engine.exits import check_policy, check_weights, exits_hash, find_exits, read_manifest
@@ -26,6 +27,7 @@ from engine.plans import remembered_plan
 from engine.policies import build_rule
 from engine.record import Completion, Decoded, Finish, TokenRecords
 from engine.spec import Compile, DType, PolicySpec, parse_policy
+from engine.stack import LayerStack
 from engine.stopwatch import Stopwatch
 from engine.text import Prompt, Text
 from engine.trace import TracedBatch, Tracing
@@ -41,6 +43,7 @@ class Prefilled:
     prompts: list[Prompt]
     start: Prefill
     prefill_ns: int  #: wall time, device synchronised
+    untuned: bool = False  #: by the model as it came, where the exits tune it
 
 
 class Engine:
@@ -81,7 +84,7 @@ class Engine:
             check_weights(self.manifest, self.facts)
         check_family(self.facts.family)
         with torch.inference_mode():
-            self.stack = build_stack(load_model(self.facts, dtype).to(self.device))
+            self.stack = self._load(None if self.manifest is None or not self.manifest.tunes else folder)
             self.heads = Heads(self.stack, "tied", (), {}) if folder is None else Heads.load(self.stack, folder)
         #: whether layers are compiled. `auto` does not: on the CPU it did not pay, and no GPU has measured it yet
         self.compiled = compile == "on"
@@ -91,6 +94,35 @@ class Engine:
         self._warm: set[PolicySpec] = set()
         self._kernels: dict[str, list[str]] | None = None
         self.text = Text(load_tokenizer(model), self.facts.end_tokens, self.stack.max_context)
+
+    def _load(self, tuning: Path | None) -> LayerStack:
+        """The model's layers, changed by the deltas of a bundle where one is given. Raises `BadInput`."""
+        model = load_model(self.facts, self.dtype)
+        if tuning is not None:
+            merge_deltas(model, read_deltas(tuning))
+        return build_stack(model.to(self.device))
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the exits change the model itself: then `original` is a second reference."""
+        return self.manifest is not None and self.manifest.tunes
+
+    @cached_property
+    def original(self) -> LayerStack:
+        """The model as it came. Where the exits tune it a second set of weights, loaded when it is first asked for."""
+        if not self.tunes:
+            return self.stack
+        with torch.inference_mode():
+            stack = self._load(None)
+            matrices.use_plans(stack.all_matrices(), self.kernels)
+        if self.compiled:
+            stack.compile()
+        return stack
+
+    @property
+    def tuned_weights_hash(self) -> str | None:
+        """Of the model as its exits tune it; None where they do not."""
+        return self.manifest.tuned_weights_hash if self.manifest else None
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -151,6 +183,8 @@ class Engine:
     def kernels(self, plan: dict[str, list[str]]) -> None:
         with torch.inference_mode():
             matrices.use_plans(self.matrices, plan)
+            if "original" in vars(self) and self.tunes:
+                matrices.use_plans(self.original.all_matrices(), plan)
         self._kernels = plan
 
     def _take_threads(self) -> None:
@@ -168,14 +202,18 @@ class Engine:
 
     @memory_errors
     @torch.inference_mode()
-    def prefill(self, prompts: list[Prompt], room: int) -> Prefilled:
-        """Run the prompts once, leaving room for `room` new tokens each. Raises `OutOfMemory`."""
+    def prefill(self, prompts: list[Prompt], room: int, *, untuned: bool = False) -> Prefilled:
+        """Run the prompts once, leaving room for `room` new tokens each. Raises `OutOfMemory`.
+
+        untuned: for policies that run the model as it came, whose keys and values are others than a tuned model's.
+        """
         self._take_threads()
         allowed = self._allowed(prompts)
         _ = self.kernels  # chosen before the clock starts
+        stack = self.original if untuned else self.stack
         with Stopwatch(self.device) as watch:
-            start = prefill(self.stack, [prompt.token_ids for prompt in prompts], room, allowed)
-        return Prefilled(prompts, start, watch.ns)
+            start = prefill(stack, [prompt.token_ids for prompt in prompts], room, allowed)
+        return Prefilled(prompts, start, watch.ns, untuned)
 
     @memory_errors
     @torch.inference_mode()
@@ -185,6 +223,9 @@ class Engine:
         Raises `NumericalError`, `OutOfMemory`.
         """
         self._take_threads()
+        if policy.untuned != prefilled.untuned:
+            raise BadInput(f"policy {policy.kind!r} completes what its own weights have prefilled; see `prefill`.")
+        stack = self.original if policy.untuned else self.stack
         rule = build_rule(policy, self.exit_points, self.n_layers)
         longest, space = max(prefilled.start.prompts), prefilled.start.cache.n_positions
         if longest + max_new_tokens > space:
@@ -197,7 +238,7 @@ class Engine:
             [self.text.ends(prompt, token, ends_with_line) for prompt, token in first],
         )
         with Stopwatch(self.device) as watch:
-            decoding = Decoding(self.stack, self.heads, rule, policy, start, ends)
+            decoding = Decoding(stack, self.heads, rule, policy, start, ends)
             decoding.run()
         completions = [
             self._completion(prompt, record, finish)
@@ -250,7 +291,7 @@ class Engine:
         encoded = self.encode(prompts, max_new_tokens, heal=ends_with_line)
         done: list[Completion] = []
         for first in range(0, len(encoded), batch_size):
-            batch = self.prefill(encoded[first : first + batch_size], max_new_tokens)
+            batch = self.prefill(encoded[first : first + batch_size], max_new_tokens, untuned=spec.untuned)
             decoded = self.decode(batch, spec, max_new_tokens=max_new_tokens, ends_with_line=ends_with_line)
             done.extend(decoded.completions)
         return done
@@ -265,11 +306,12 @@ class Engine:
         with Stopwatch(self.device) as watch:
             for batch in (prompts, prompts[:1]):
                 # What fails on these tokens may do on others; what fails on all is told where a sample ends.
-                with suppress(NumericalError, OutOfMemory):
-                    prefilled = self.prefill(batch, 4)
-                    for policy in cold:
-                        with suppress(NumericalError, OutOfMemory):
-                            self.decode(prefilled, policy, max_new_tokens=4, ends_with_line=True)
+                for untuned in sorted({policy.untuned for policy in cold}):
+                    with suppress(NumericalError, OutOfMemory):
+                        prefilled = self.prefill(batch, 4, untuned=untuned)
+                        for policy in (policy for policy in cold if policy.untuned == untuned):
+                            with suppress(NumericalError, OutOfMemory):
+                                self.decode(prefilled, policy, max_new_tokens=4, ends_with_line=True)
         if self.compiled:
             self.compile_ns += watch.ns
         self._warm |= cold

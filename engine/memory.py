@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import psutil
 
 from engine.errors import OutOfMemory
+from engine.exits import read_manifest
 from engine.shapes import BYTES, head_size, kv_heads, read_config
 
 if TYPE_CHECKING:
@@ -89,11 +90,12 @@ class Footprint:
     position: int  #: keys and values of one token in all layers
     activations: int  #: of one token of a prompt, while a layer works on it
     logits: int  #: of one row
+    references: int = 1  #: sets of weights, each of which prefills a batch of its own; the copy that is decoded is one
 
     def batch(self, rows: int, positions: int) -> int:
         """Bytes that a batch needs at most beside the weights; positions: those of prompt and completion together."""
         cache = rows * positions * self.position
-        return cache + max(cache, rows * positions * self.activations) + rows * self.logits
+        return self.references * cache + max(cache, rows * positions * self.activations) + rows * self.logits
 
 
 def rows_with_room(
@@ -142,12 +144,14 @@ def footprint(facts: "ModelFacts", dtype: str, exits: Path | None = None) -> Foo
     widest = 4 * facts.hidden_size + max(
         2 * config.num_attention_heads * width + 2 * kv_heads(config) * width, 4 * inner
     )
-    parameters = _parameters(facts.folder) + (0 if exits is None else _parameters(exits))
+    references = 2 if exits is not None and read_manifest(exits).tunes else 1
+    parameters = references * _parameters(facts.folder) + (0 if exits is None else _parameters(exits))
     return Footprint(
-        weights=size * (parameters + facts.vocab_size * facts.hidden_size),
+        weights=size * (parameters + references * facts.vocab_size * facts.hidden_size),
         position=size * 2 * facts.n_layers * kv_heads(config) * width,
         activations=_COPIES_OF_ACTIVATIONS * size * widest,
         logits=_COPIES_OF_LOGITS * _FLOAT32_BYTES * facts.vocab_size,
+        references=references,
     )
 
 

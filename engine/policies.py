@@ -65,6 +65,7 @@ class View:
         states: Tensor,
         steps: Sequence[int],
         previous: Tensor | None = None,
+        left: Sequence[bool] | None = None,
     ) -> None:
         self.heads = heads
         self.point = point
@@ -72,6 +73,7 @@ class View:
         self.states = states  # [rows, hidden] raw state of each row's newest token
         self.steps = steps  # [rows] which token of its completion each row is about to write; 0 came out of prefill
         self.previous = previous  # [rows, hidden] the state one layer earlier, for rules that look back
+        self.left = left  # [rows] whether each row's token before left early, for rules that recall it
 
     @cached_property
     def prediction(self) -> Prediction:
@@ -99,6 +101,8 @@ class Rule(ABC):
     stops = False
     #: whether the rule reads `View.previous`
     looks_back = False
+    #: whether the rule reads `View.left`
+    recalls = False
     #: layers, counted from 0, that no generated token runs
     removed: frozenset[int] = frozenset()
 
@@ -317,6 +321,7 @@ class ControlledExit(Rule):
     """
 
     stops = True
+    recalls = True
 
     def __init__(self, spec: Controller, points: tuple[int, ...], n_layers: int) -> None:
         super().__init__(spec, points, n_layers)
@@ -325,7 +330,8 @@ class ControlledExit(Rule):
         self.exit, self.stop = spec.exit, spec.stop
 
     def decide(self, view: View) -> Verdict:
-        probabilities = view.heads.judge(view.states)  # [rows, 3]
+        left = None if view.left is None else torch.tensor(view.left, device=view.states.device)
+        probabilities = view.heads.judge(view.point, view.states, left)  # [rows, 3]
         top, winner = probabilities.max(dim=-1)
         leaves = (winner == EXIT) & (top > self.exit) & (view.point < self.n_layers)
         stops = (winner == STOP) & (top > self.stop)

@@ -44,6 +44,7 @@ def summarise(run: RunData) -> dict[str, Any]:
         **_drafts(run),
         "metrics": {name: mean_of(run.source_group, values) for name, values in run.scores.items()},
         "change": _change(run, full),
+        "change_from_original": {} if run.original is None else _change(run, run.original),
         "exit_histogram": _by_layer(run.exit_histogram),
         "stop_histogram": _by_layer(run.stop_histogram),
         "decisions": {name: int(run.decisions.get(name, 0)) for name in ("full", "exit", "stop")},
@@ -67,7 +68,8 @@ def estimate(figure: Figure, groups: npt.NDArray[np.object_], *columns: npt.Arra
 
 def _interval(figure: Figure, sums: list[Numbers]) -> tuple[float, float]:
     """Of a figure over groups; nan where a draw of groups leaves it undefined, such as one without a single token."""
-    with warnings.catch_warnings():
+    # A draw without a single right token makes a relative change infinite; scipy takes the spread of all draws.
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore", DegenerateDataWarning)
         found = bootstrap(
             sums,

@@ -22,6 +22,7 @@ from workers.scoring.metrics import score_text, score_tokens
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Prefilled
+    from engine.text import Prompt
 
 #: what a sample ends with under a policy: a completion, or a sentence that says why there is none
 Ending = Completion | str
@@ -145,32 +146,39 @@ class Evaluation:
         prompts = self.engine.encode(
             [sample.prompt for sample in samples], self.max_new_tokens, heal=self.ends != "text"
         )
-        prefilled = self.engine.prefill(prompts, self.max_new_tokens)
+        prefilled = self._prefill(prompts)
         decoded = {}
         for run in self.order(batch):
             self.proceed()
-            decoded[run.id] = (prefilled.prefill_ns, self._decode(prefilled, run))
+            mine = prefilled[run.policy.untuned]
+            decoded[run.id] = (mine.prefill_ns, self._decode(mine, run))
         return decoded
+
+    def _prefill(self, prompts: "list[Prompt]") -> "dict[bool, Prefilled]":
+        """Once for each weight set that a run needs, by `untuned`. Raises `NumericalError`, `OutOfMemory`."""
+        sets = sorted({run.policy.untuned for run in self.runs})
+        return {untuned: self.engine.prefill(prompts, self.max_new_tokens, untuned=untuned) for untuned in sets}
 
     def _decode_alone(self, sample: SampleRow, parts: Parts) -> dict[int, list[Ending]]:
         """How one sample ends under each run; what was decoded for it is added to `parts`."""
         self.proceed()
         prompts = self.engine.encode([sample.prompt], self.max_new_tokens, heal=self.ends != "text")
         try:
-            prefilled = self.engine.prefill(prompts, self.max_new_tokens)
+            prefilled = self._prefill(prompts)
         except (NumericalError, OutOfMemory) as error:
             return self._all_end(reason_of(error))
         endings: dict[int, list[Ending]] = {}
         for run in self.runs:
             self.proceed()
             try:
-                decoded = self._decode(prefilled, run)
+                mine = prefilled[run.policy.untuned]
+                decoded = self._decode(mine, run)
             except (NumericalError, OutOfMemory) as error:
                 endings[run.id] = [reason_of(error)]
                 release(self.engine.device)
             else:
                 endings[run.id] = [*decoded.completions]
-                parts[run.id].append((prefilled.prefill_ns, decoded))
+                parts[run.id].append((mine.prefill_ns, decoded))
         return endings
 
     def _decode(self, prefilled: "Prefilled", run: Run) -> Decoded:

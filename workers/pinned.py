@@ -33,6 +33,7 @@ class Pinned(Spec):
     max_context: int
     exits: str | None = None  #: as the spec named them
     exits_hash: str | None = None  #: key of the artifact that holds the bundle, and the hash of its files
+    tuned_weights_hash: str | None = None  #: of the model as the bundle's deltas make it; None: they change nothing
     head: str | None = None  #: tied, lens, untied
     exit_points: tuple[int, ...] = ()
     device: Device

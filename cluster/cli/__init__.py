@@ -16,6 +16,7 @@ from cluster.cli import (
     catalogue,
     comparing,
     exchange,
+    exits,
     finished,
     fleet,
     jobs,
@@ -130,6 +131,15 @@ recurring.command()(schedules.resend)
 recurring.command()(schedules.tick)
 recurring.command()(schedules.run)
 app.add_typer(recurring, name="schedule")
+
+bundles = typer.Typer(
+    help="Exit bundles: look at them, check them, take those of other projects.", no_args_is_help=True
+)
+bundles.command("list")(exits.list_exits)
+bundles.command()(exits.show)
+bundles.command()(exits.verify)
+bundles.command("import")(exits.import_exits)
+app.add_typer(bundles, name="exits")
 
 keys = typer.Typer(help="Look after the API keys of a server's clients.", no_args_is_help=True)
 keys.command()(serve.create)

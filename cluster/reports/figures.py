@@ -49,11 +49,13 @@ def scatter(benchmark: BenchmarkReport, per: Per) -> Figure | None:
     full = baseline.summary.metric("rouge_l")
     traces = [
         _points([baseline], lambda _: Estimate(value=1.0), "full depth", "--full", "diamond") | {"mode": "markers"},
+        _points(_originals(benchmark, speedup), speedup, "as it came", "--full", "diamond-open") | {"mode": "markers"},
         _points([run for run in placed if not _below_one(run, speedup)], speedup, "faster", "--faster", "circle"),
         _points([run for run in placed if _below_one(run, speedup)], speedup, "slowdown", "--slower", "square"),
     ]
-    speeds = _padded([1.0, *_ends(speedup(run.summary) for run in placed)])
-    quality = _padded(_ends([full, *(run.summary.metric("rouge_l") for run in placed)]))
+    shown = [*placed, *_originals(benchmark, speedup)]
+    speeds = _padded([1.0, *_ends(speedup(run.summary) for run in shown)])
+    quality = _padded(_ends([full, *(run.summary.metric("rouge_l") for run in shown)]))
     return {
         "data": [_front([baseline, *placed], speedup), *(trace for trace in traces if trace["x"])],
         "layout": layout(height=sorted([*SCATTER_HEIGHT, _histogram_height(benchmark.runs)])[1])
@@ -205,6 +207,11 @@ def line_at(axis: Literal["x", "y"], at: float | str) -> Figure:
 def _side(text: str, x: float, anchor: Literal["left", "right"]) -> Figure:
     place = {"x": x, "y": 1, "yref": "paper", "xanchor": anchor, "yanchor": "bottom"}
     return _note(text) | place | {"xshift": 6 if anchor == "left" else -6}
+
+
+def _originals(benchmark: BenchmarkReport, speedup: Callable[[RunSummary], Estimate]) -> list[RunReport]:
+    """The second reference, where there is one and it was timed."""
+    return [run for run in (benchmark.original,) if run is not None and _is_placed(run, speedup)]
 
 
 def _full_depth_name(baseline: RunReport, y: float) -> Figure:

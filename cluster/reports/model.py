@@ -54,6 +54,7 @@ class RunSummary(Part):
     drafts_kept_share: float | None = None  #: of all drafts, 0..1; None where there were none
     metrics: dict[str, Estimate] = {}
     change: dict[str, Estimate] = {}  #: against full depth on the same samples; `rouge_l_relative` is a share
+    change_from_original: dict[str, Estimate] = {}  #: the same against the model as it came, where the exits tune it
     exit_histogram: dict[str, int] = {}  #: exit layer -> tokens
     stop_histogram: dict[str, int] = {}  #: exit layer -> stops
     decisions: dict[DecisionName, int] = {}
@@ -63,6 +64,9 @@ class RunSummary(Part):
 
     def changed(self, name: str) -> Estimate:
         return self.change.get(name, Estimate())
+
+    def changed_from_original(self, name: str) -> Estimate:
+        return self.change_from_original.get(name, Estimate())
 
 
 class RunReport(Part):
@@ -159,8 +163,13 @@ class BenchmarkReport(Part):
 
     @property
     def challengers(self) -> list[RunReport]:
-        """All runs but the baseline."""
-        return [run for run in self.runs if run is not self.baseline]
+        """All runs but the references."""
+        return [run for run in self.runs if run not in (self.baseline, self.original)]
+
+    @property
+    def original(self) -> RunReport | None:
+        """The model as it came, where the exits tune it: the second reference."""
+        return next((run for run in self.runs if run.kind == "original"), None)
 
     @property
     def drafting(self) -> list[RunReport]:
@@ -193,7 +202,9 @@ class JobReport(Part):
         return [run for benchmark in self.benchmarks for run in benchmark.runs]
 
     def table(self) -> "pd.DataFrame":
-        """A row a run; intervals in `<name>_low` and `<name>_high`, changes against full depth in `change_<metric>`."""
+        """A row a run; intervals in `<name>_low` and `<name>_high`, changes against full depth in `change_<metric>`,
+        against the model as it came in `change_from_original_<metric>`.
+        """
         import pandas as pd
 
         return pd.DataFrame(_row(benchmark.name, run) for benchmark in self.benchmarks for run in benchmark.runs)
@@ -210,6 +221,7 @@ def _row(benchmark: str, run: RunReport) -> dict[str, Any]:
     row |= {name: value for name, value in summary if not isinstance(value, Estimate | dict)}
     estimates = {name: value for name, value in summary if isinstance(value, Estimate)} | summary.metrics
     estimates |= {f"change_{name}": estimate for name, estimate in summary.change.items()}
+    estimates |= {f"change_from_original_{name}": one for name, one in summary.change_from_original.items()}
     for name, estimate in estimates.items():
         row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     return row

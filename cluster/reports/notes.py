@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.reports.formats import count, percent, signed, signed_interval, times, times_interval
-from cluster.reports.model import BenchmarkReport, JobReport, RunReport
+from cluster.reports.model import BenchmarkReport, Estimate, JobReport, RunReport
 
 PROXY = (
     "Accepted is an offline proxy: the share of completions whose first line equals the reference's. Nobody was asked."
@@ -44,7 +44,14 @@ def benchmark_notes(benchmark: BenchmarkReport) -> list[Note]:
         _untimed(benchmark),
     ]
     cautions.append(_overlap(benchmark))
-    remarks = [_added(benchmark), _cut_prompts(benchmark), _hidden(benchmark), _texts(benchmark), PROXY]
+    remarks = [
+        _references(benchmark),
+        _added(benchmark),
+        _cut_prompts(benchmark),
+        _hidden(benchmark),
+        _texts(benchmark),
+        PROXY,
+    ]
     notes = [Note("caution", text) for text in cautions if text] + [Note("remark", text) for text in remarks if text]
     return [*notes, *_left_out(benchmark)]
 
@@ -121,6 +128,24 @@ def _untimed(benchmark: BenchmarkReport) -> str | None:
     if not most:
         return None
     return f"{_plural(most, 'batch was', 'batches were')} not timed under a policy and left out of its speedups."
+
+
+def _references(benchmark: BenchmarkReport) -> str | None:
+    """What tuning cost or gained, where the exits tune the model."""
+    if benchmark.original is None or benchmark.baseline is None:
+        return None
+    change = benchmark.baseline.summary.changed_from_original("rouge_l_relative")
+    by = ""
+    if change.value is not None:
+        by = f", whose ROUGE-L is {percent(change.value)} away from it{_brackets(_percents(change))}"
+    return (
+        f"The exits tune the model, so there are two references: {benchmark.original.policy} is the model as it came, "
+        f"{benchmark.baseline.policy} the tuned one at full depth{by}. Speedups are against the tuned one."
+    )
+
+
+def _percents(change: Estimate) -> str:
+    return "" if change.low is None else f"{percent(change.low)} to {percent(change.high)}"
 
 
 def _added(benchmark: BenchmarkReport) -> str | None:

@@ -71,11 +71,14 @@ def _quality_table(benchmark: BenchmarkReport) -> Table:
     for column in ("Samples", "Tokens", "Stops", "ROUGE-L"):
         table.add_column(column, justify="right")
     table.add_column("ROUGE-L\nchange", justify="right", min_width=len("−0.000 to +0.000"))
+    if benchmark.original:
+        table.add_column("from the\noriginal", justify="right", min_width=len("−0.000 to +0.000"))
     for column in ("EM", "ES", "Accepted\n(proxy)"):
         table.add_column(column, justify="right")
     for run in benchmark.runs:
         summary, is_baseline, change = run.summary, run is benchmark.baseline, run.summary.changed("rouge_l")
-        changed = _two_lines(formats.signed(change.value), formats.signed_interval(change))
+        changed = _change(change)
+        original = [_from_original(run, benchmark)] if benchmark.original else []
         table.add_row(
             _policy(run),
             formats.count(summary.samples),
@@ -83,9 +86,21 @@ def _quality_table(benchmark: BenchmarkReport) -> Table:
             formats.count(summary.stops),
             formats.score(summary.metric("rouge_l").value),
             "baseline" if is_baseline else changed,
+            *original,
             *(formats.score(summary.metric(name).value) for name in ("em", "es", "accepted")),
         )
     return table
+
+
+def _change(change: Estimate) -> Text:
+    return _two_lines(formats.signed(change.value), formats.signed_interval(change))
+
+
+def _from_original(run: RunReport, benchmark: BenchmarkReport) -> Text | str:
+    """ROUGE-L against the model as it came."""
+    if run is benchmark.original:
+        return "reference"
+    return _change(run.summary.changed_from_original("rouge_l"))
 
 
 def _drafts_table(benchmark: BenchmarkReport) -> Table:

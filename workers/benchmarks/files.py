@@ -16,15 +16,11 @@ from importlib.metadata import packages_distributions
 from pathlib import Path, PurePosixPath
 
 from engine.errors import BadInput
+from engine.languages import LARGEST_FILE, LONGEST_LINE
 from workers.benchmarks.generated import Attributes, globs, vendored_folder, why_generated
 from workers.benchmarks.lines import LANGUAGES, languages_by_extension
 from workers.benchmarks.repository import Blob, files_at, tracked_files
 from workers.benchmarks.spec import SourceBenchmark
-
-#: longer lines are data or minified code, not something that anyone completes
-LONGEST_LINE = 2_000
-#: a larger file is generated
-LARGEST_FILE = 2 * 1024 * 1024
 
 _NOT_SOURCE = {"__pycache__", "node_modules"}
 _ATTRIBUTES = ".gitattributes"

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine.errors import BadInput
+from engine.languages import EXTENSIONS
 from engine.registry import unknown
 
 _ONLY_CLOSING = re.compile(r"[\])}][\])},;\s]*")
@@ -17,23 +18,11 @@ class Language:
     block_comments: bool  #: `/* … */`
 
 
-def _c_like(*extensions: str, line_comments: tuple[str, ...] = ("//",)) -> Language:
-    return Language(frozenset(extensions), line_comments, block_comments=True)
-
-
+#: how the languages comment that are not like C
+_COMMENTS = {"php": ("//", "#"), "python": ("#",), "ruby": ("#",)}
 LANGUAGES = {
-    "c": _c_like(".c", ".h"),
-    "cpp": _c_like(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx", ".h"),
-    "csharp": _c_like(".cs"),
-    "go": _c_like(".go"),
-    "java": _c_like(".java"),
-    "javascript": _c_like(".js", ".jsx", ".mjs", ".cjs"),
-    "kotlin": _c_like(".kt", ".kts"),
-    "php": _c_like(".php", line_comments=("//", "#")),
-    "python": Language(frozenset({".py"}), ("#",), block_comments=False),
-    "ruby": Language(frozenset({".rb"}), ("#",), block_comments=False),
-    "rust": _c_like(".rs"),
-    "typescript": _c_like(".ts", ".tsx"),
+    name: Language(extensions, _COMMENTS.get(name, ("//",)), block_comments=name not in ("python", "ruby"))
+    for name, extensions in EXTENSIONS.items()
 }
 
 
