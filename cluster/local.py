@@ -1,6 +1,6 @@
 """The service on a database at hand."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from db.records import JobRow, JobState, Progress
 from db.session import Database, open_database
 
 if TYPE_CHECKING:
+    from cluster.labels import Item, Judgement, LabelsImported
     from cluster.prepare import Validation
     from cluster.reports.model import JobReport
     from cluster.spec import JobSpec
@@ -130,6 +131,16 @@ class Local(Service):
 
         db = self._opened()
         return build_report(db, job_id, decoder(db, job_id) if with_tokens else None)
+
+    def labels(self, job_id: int, *, samples: int | None = None, seed: int = 0) -> "Iterator[Item]":
+        from cluster import labels
+
+        return labels.items(self._opened(), job_id, samples=samples, seed=seed)
+
+    def import_labels(self, job_id: int, judge: str, judgements: "Sequence[Judgement]") -> "LabelsImported":
+        from cluster import labels
+
+        return labels.import_labels(self._opened(), job_id, judge, judgements, who=self._who)
 
     def query(self, sql: str, *, timeout_s: float = 30, limit: int | None = None) -> "Result":
         from db.queries import query

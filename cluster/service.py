@@ -14,6 +14,7 @@ from db.records import DeadTask, JobRow, JobState, Progress, RunRow
 
 if TYPE_CHECKING:
     from cluster.known import Known, KnownPolicy
+    from cluster.labels import Item, Judgement, LabelsImported
     from cluster.prepare import Validation
     from cluster.reports.model import JobReport
     from cluster.spec import JobSpec
@@ -101,6 +102,14 @@ class Service(ABC):
     @abstractmethod
     def report(self, job_id: int, *, with_tokens: bool = True) -> "JobReport":
         """What the job found by now. with_tokens: examples token by token, where the tokenizer is at hand."""
+
+    @abstractmethod
+    def labels(self, job_id: int, *, samples: int | None = None, seed: int = 0) -> "Iterator[Item]":
+        """What there is to judge of a job that has ended, see `cluster.labels.items`."""
+
+    @abstractmethod
+    def import_labels(self, job_id: int, judge: str, judgements: "Sequence[Judgement]") -> "LabelsImported":
+        """Take in what a judge said of a job's items; the same again changes nothing."""
 
     @abstractmethod
     def query(self, sql: str, *, timeout_s: float = 30, limit: int | None = None) -> Answer:

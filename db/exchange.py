@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from db.errors import BadInput
 
 #: raised when what stands below changes
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 #: the artifact of a job that has one
 EXITS = "exits"
@@ -101,6 +101,16 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("metric", pa.string()),
             ("version", pa.string()),
             ("value", pa.float64()),
+        ]
+    ),
+    "labels": pa.schema(
+        [
+            ("benchmark", pa.int32()),
+            ("sample", pa.int32()),
+            ("text", pa.string()),
+            ("judge", pa.string()),
+            ("accepted", pa.bool_()),
+            ("at", pa.float64()),
         ]
     ),
     "timings": pa.schema(

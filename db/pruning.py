@@ -42,6 +42,7 @@ from db.tables import (
     job,
     job_event,
     job_kernels,
+    label,
     outcome,
     rollup,
     run,
@@ -57,10 +58,10 @@ _ENDED = [state for state in JobState if state.ended]
 
 #: what hangs on a job, each before what it refers to: by run, then by job
 OF_RUN = (score, timing, rollup, outcome)
-OF_JOB = (task, run, job_kernels)
+OF_JOB = (label, task, run, job_kernels)
 
 #: foreign keys that PostgreSQL looks up and no index serves: every row that goes would cost a scan of all that remain
-_UNSERVED = ((rollup, "task_id"), (task, "parent_id"))
+_UNSERVED = ((rollup, "task_id"), (task, "parent_id"), (label, "sample_id"))
 
 
 @dataclass(frozen=True)

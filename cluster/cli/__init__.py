@@ -12,7 +12,19 @@ from typer.core import TyperGroup
 import cluster.errors
 import db.errors
 import engine.errors
-from cluster.cli import catalogue, exchange, finished, fleet, jobs, machine, query, serve, status, training
+from cluster.cli import (
+    catalogue,
+    exchange,
+    finished,
+    fleet,
+    jobs,
+    labels,
+    machine,
+    query,
+    serve,
+    status,
+    training,
+)
 from cluster.cli.output import note
 
 
@@ -78,6 +90,7 @@ for command in (
     query.query,
     exchange.export_job,
     exchange.import_job,
+    exchange.import_completions,
     catalogue.models,
     catalogue.policies,
     training.train,
@@ -98,6 +111,11 @@ benchmarks = typer.Typer(
 benchmarks.callback()(catalogue.benchmarks)
 benchmarks.command()(catalogue.show)
 app.add_typer(benchmarks, name="benchmarks")
+
+label = typer.Typer(help="Let people judge completions.", no_args_is_help=True)
+label.command()(labels.export)
+label.command("import")(labels.import_)
+app.add_typer(label, name="label")
 
 keys = typer.Typer(help="Look after the API keys of a server's clients.", no_args_is_help=True)
 keys.command()(serve.create)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli.options import DatabaseUrl, JobId, JsonFlag
-from cluster.cli.output import print_json
+from cluster.cli.output import note, print_json
 from cluster.cli.start import opened, start
 
 
@@ -26,6 +26,48 @@ def export_job(
         print_json({"job": job, "folder": folder, "export": id})
     else:
         print(f"job {job}: exported to {folder}")
+
+
+def import_completions(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON lines; - reads standard input.")],
+    name: Annotated[str, typer.Option(metavar="NAME", help="The run's name in reports.")],
+    job: Annotated[
+        int | None,
+        typer.Option(metavar="JOB", min=1, max=2**31 - 1, help="A job that is done, beside whose runs they stand."),
+    ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(metavar="BENCHMARK", help="Without a job: what they complete, as in a spec; they become a job."),
+    ] = None,
+    database: DatabaseUrl = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Score completions that were made elsewhere as a run, without tokens and times."""
+    import yaml
+
+    from cluster.elsewhere import import_as_job, import_into, read_completions
+    from engine.errors import BadInput
+
+    if (job is None) == (benchmark is None):
+        raise BadInput("give --job JOB, whose samples were completed, or --benchmark BENCHMARK, and not both.")
+    found = read_completions(file)
+    with opened(start(database), create=job is None) as db:
+        if job is not None:
+            done = import_into(db, job, found, name)
+        else:
+            try:
+                asked = yaml.safe_load(benchmark or "")
+            except yaml.YAMLError:
+                raise BadInput(f"benchmark {benchmark!r} is not YAML; write a name, or '{{jsonl: FILE}}'.") from None
+            done = import_as_job(db, asked, found, name)
+    if as_json:
+        print_json(done)
+        return
+    print(f"job {done.job}: {done.completions} completions imported as {done.run}")
+    if done.lacking:
+        note(f"{done.lacking} samples have no completion, and count as errors")
+    if done.left_out:
+        note(f"{done.left_out} completions are of other samples and were left out, first {done.first_left_out}")
 
 
 def import_job(

@@ -343,8 +343,8 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "manifest.json").write_text("[]"), r"is damaged: manifest.json is not"),
     (lambda folder: change_json(folder, lambda m: m["content"]["job"].update(name="x")), r"damaged: manifest.json"),
     (
-        lambda folder: change_json(folder, lambda m: m.update(format=3)),
-        r"has format 3, this version reads 2; export it",
+        lambda folder: change_json(folder, lambda m: m.update(format=4)),
+        r"has format 4, this version reads 3; export it",
     ),
 ]
 
