@@ -20,6 +20,7 @@ from cluster.cli import (
     jobs,
     labels,
     machine,
+    neighbours,
     query,
     serve,
     status,
@@ -98,6 +99,11 @@ for command in (
     machine.doctor,
 ):
     app.command(name=command.__name__.removesuffix("_jobs").removesuffix("_job").replace("_", "-"))(command)
+
+app.command(
+    name="lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)(neighbours.lm_eval)
 
 database = typer.Typer(help="Look after the database.", no_args_is_help=True)
 database.command()(machine.upgrade)

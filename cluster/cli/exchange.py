@@ -1,8 +1,9 @@
 """`shortstop export` and `shortstop import`: a job on its way from one database to another."""
 
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,19 +12,39 @@ from cluster.cli.output import note, print_json
 from cluster.cli.start import opened, start
 
 
+class Form(StrEnum):
+    """What an export is written as."""
+
+    PARQUET = "parquet"
+    LM_EVAL = "lm-eval"
+    EVERY_EVAL_EVER = "every-eval-ever"
+
+
 def export_job(
     job: JobId,
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that is not there yet.")],
+    form: Annotated[
+        Form, typer.Option("--format", help="parquet, which `import` reads; or what others read.")
+    ] = Form.PARQUET,
     database: DatabaseUrl = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a job that has ended as Parquet files with a manifest."""
-    from db.exporting import export_job
-
+    """Write a job that has ended: Parquet files with a manifest, or the files of a neighbour."""
+    target = Path(folder).expanduser()
+    answer: dict[str, Any] = {"job": job, "folder": folder}
     with opened(start(database), create=False) as db:
-        id = export_job(db, job, Path(folder).expanduser(), shortstop=version("shortstop"))
+        if form is Form.PARQUET:
+            from db.exporting import export_job
+
+            answer["export"] = export_job(db, job, target, shortstop=version("shortstop"))
+        else:
+            from cluster import neighbours
+
+            write = neighbours.export_lm_eval if form is Form.LM_EVAL else neighbours.export_every_eval_ever
+            done = write(db, job, target)
+            answer |= {"files": done.files, "completions": done.completions}
     if as_json:
-        print_json({"job": job, "folder": folder, "export": id})
+        print_json(answer)
     else:
         print(f"job {job}: exported to {folder}")
 

@@ -32,6 +32,8 @@ OPERATIONS = {
     ("GET", "/v1/jobs/{job_id}/events"): "read",
     ("GET", "/v1/jobs/{job_id}/completions"): "read",
     ("GET", "/v1/jobs/{job_id}/tokens"): "read",
+    ("GET", "/v1/jobs/{job_id}/labels"): "read",
+    ("POST", "/v1/jobs/{job_id}/labels"): "submit",
     ("POST", "/v1/query"): "query",
     ("POST", "/v1/uploads"): "submit",
     ("GET", "/v1/models"): "read",

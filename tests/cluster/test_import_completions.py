@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_world import World
+from lines_record import COUNT, prompt
 from typer.testing import CliRunner
 
 from cluster import adding, jobs, rescoring
@@ -16,51 +15,10 @@ from cluster.cli import app
 from cluster.reports.build import build_report
 from cluster.reports.page import render_page
 from cluster.reports.terminal import render
-from cluster.spec import parse_job
 from db import results
-from db.backup import backup
 from db.errors import Conflict
 from db.session import Database, open_database
 from workers.scoring.metrics import score_text
-
-COUNT = 8
-
-
-def prompt(number: int) -> str:
-    return f"def f{number}(x):\n    return"
-
-
-@pytest.fixture(scope="module")
-def made(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A record with one finished job of eight samples, which end with their line; and the benchmark's file."""
-    folder = tmp_path_factory.mktemp("made")
-    lines = [
-        {
-            "id": f"s{i}",
-            "file": f"f{i}",
-            "prompt": prompt(i),
-            "reference": f" x + {i}",
-            "test": f"assert f{i}(1) == {1 + i}",
-        }
-        for i in range(COUNT)
-    ]
-    (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    benchmark = {"jsonl": str(folder / "lines.jsonl"), "id": "id", "group": "file", "test": "test", "ends": "line"}
-    policies = ["full", {"confidence": {"threshold": 0.6}}]
-    metrics = ["em", "es", "token_agreement", "accepted"]
-    with closing(open_database(f"sqlite:///{folder / 'record.db'}")) as db:
-        job = jobs.submit(db, parse_job(world.fields(benchmarks=[benchmark], policies=policies, metrics=metrics)))
-        assert (job, jobs.work(db, job, inline=True)) == (1, jobs.JobState.DONE)
-        backup(db, folder / "copy.db")
-    return folder
-
-
-@pytest.fixture
-def url(made: Path, tmp_path: Path) -> str:
-    """A copy of that record."""
-    shutil.copy(made / "copy.db", tmp_path / "record.db")
-    shutil.copy(made / "lines.jsonl", tmp_path)
-    return f"sqlite:///{tmp_path / 'record.db'}"
 
 
 def shortstop(*arguments: str, code: int = 0) -> Any:
