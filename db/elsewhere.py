@@ -154,7 +154,7 @@ class _Run:
             raise BadInput(f"benchmark {self.benchmark_id} has no sample at position {min(unknown)}; leave it out.")
         task_id = self._shard()
         outcomes = [self._outcome(id, made.get(position)) for position, id in samples]
-        ids = dict(samples)  # type: ignore[arg-type]
+        ids = dict(samples)
         scores = [
             ScoreRow(self.run_id, ids[position], metric, versions[metric], value)
             for position, one in made.items()

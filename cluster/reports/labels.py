@@ -46,10 +46,11 @@ def _of_run(own: dict[int, Judged], full: dict[int, Judged] | None) -> RunLabels
     rate = acceptance_rate(groups, [one.accepted for one in completions])
     both = [one for one in completions if full is not None and one.sample_id in full]
     change = [one.accepted - (full or {})[one.sample_id].accepted for one in both]
-    scored = [(one.source_group, one.accepted, one.proxy) for one in completions if one.proxy is not None]
-    fields = {}
+    fields: dict[str, Estimate] = {}
+    scored = [one for one in completions if one.proxy is not None]
     if scored:
-        found = asdict(predicted(*zip(*scored, strict=True)))
+        proxy = [one.proxy or 0.0 for one in scored]
+        found = asdict(predicted([one.source_group for one in scored], [one.accepted for one in scored], proxy))
         fields = {name: Estimate(**found[name]) for name in ("proxy", "precision", "recall", "agreement")}
     if both:
         fields["acceptance_change"] = Estimate(**acceptance_rate([one.source_group for one in both], change))

@@ -17,7 +17,7 @@ NEW = 7
 PROMPTS = random_prompts(6, seed=3, longest=20)
 POLICIES = [
     "full",
-    {"fixed": {"exit_layer": 3}},
+    {"fixed": {"exit_layer": 4}},
     {"fixed": {"exit_layer": 2, "kv": "recompute", "max_debt": 2}},
     {"fixed": {"exit_layer": 2, "kv": "mask"}},
     {"confidence": {"threshold": 0.15}},
@@ -72,7 +72,7 @@ def test_verified_drafts_change_no_likelihood(tiny_engine: Callable[..., Engine]
     engine = tiny_engine("llama rope llama3", head="lens", shortlist=100)
     pairs = [(p.token_ids, [5, 9]) for p in PROMPTS]
     for one, full in zip(
-        engine.likelihoods(pairs, {"self-speculative": {"exit_layer": 3}}), engine.likelihoods(pairs), strict=True
+        engine.likelihoods(pairs, {"self-speculative": {"exit_layer": 4}}), engine.likelihoods(pairs), strict=True
     ):
         assert one.log_probabilities.tolist() == full.log_probabilities.tolist()
 

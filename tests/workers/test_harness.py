@@ -42,6 +42,7 @@ output_type: multiple_choice
 doc_to_text: "{{{{prompt}}}}"
 doc_to_choice: ["{{{{reference}}}}", " wrong"]
 doc_to_target: 0
+target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
@@ -121,12 +122,14 @@ def test_whole_texts_in_windows(folder: Path) -> None:
     request = Instance("loglikelihood_rolling", {}, (text,), 0)
     [total] = lm.loglikelihood_rolling([request])
     first = lm.engine.max_context - 1
-    [begin] = lm.engine.likelihoods([([lm.eot_token_id], ids[:first])])
-    rest = [
-        lm.engine.likelihoods([(ids[max(0, at - first + 1) : at], ids[at : at + 1])])[0]
-        for at in range(first, first + 3)
-    ]
-    assert total < float(begin.log_probabilities.sum()) + sum(float(one.log_probabilities.sum()) for one in rest)
+    windows, at = [([lm.eot_token_id], ids[:first])], first
+    while at < len(ids):
+        end = min(at + first, len(ids))
+        windows.append((ids[end - first - 1 : at], ids[at:end]))
+        at = end
+    told = lm.engine.likelihoods(windows)
+    assert sum(len(one.log_probabilities) for one in told) == len(ids)
+    assert total == pytest.approx(sum(float(one.log_probabilities.sum()) for one in told))
 
 
 def test_what_cannot_be_is_refused(folder: Path) -> None:
