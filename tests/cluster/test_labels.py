@@ -93,13 +93,14 @@ def test_a_judge_may_say_more_than_a_spec(site: Site) -> None:
 
 
 def test_the_command_line_asks_a_server(site: Site, tmp_path: Path) -> None:
-    environment = {"SHORTSTOP_SERVER": site.served.url, "SHORTSTOP_KEY": site.keys["submit"]}
-    exported = CliRunner().invoke(app, ["label", "export", str(site.done), "-"], env=environment)
+    server = {"SHORTSTOP_SERVER": site.served.url}
+    reading, writing = (server | {"SHORTSTOP_KEY": site.keys[scope]} for scope in ("read", "submit"))
+    exported = CliRunner().invoke(app, ["label", "export", str(site.done), "-"], env=reading)
     assert exported.exit_code == 0, exported.stderr
     lines = [json.loads(line) for line in exported.stdout.splitlines()]
     assert [line["id"] for line in lines] == [item.id for item in items(site.db, site.done)]
     judged = "".join(json.dumps(line | {"accepted": 1}) + "\n" for line in lines)
-    done = CliRunner().invoke(app, ["label", "import", "-", "--judge", "dora"], input=judged, env=environment)
+    done = CliRunner().invoke(app, ["label", "import", "-", "--judge", "dora"], input=judged, env=writing)
     assert done.exit_code == 0, done.stderr
     assert done.stdout == f"job {site.done}: labels of dora: {len(lines)} new, 0 changed, 0 as before\n"
 

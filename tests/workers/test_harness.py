@@ -40,7 +40,7 @@ dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{prompt}}}}"
-doc_to_choice: ["{{{{reference}}}}", " wrong"]
+doc_to_choice: "{{{{[reference, ' wrong']}}}}"
 doc_to_target: 0
 target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
@@ -95,11 +95,14 @@ def test_tasks_run_under_a_policy(folder: Path, policy: Any) -> None:
     assert [sample["resps"][0][0] for sample in lines] == expected
     assert found["results"]["local_lines"]["exact_match,none"] == 0
     for sample in found["samples"]["local_choice"]:
-        context = lm.tok_encode(sample["doc"]["prompt"])
-        for response, choice in zip(sample["resps"], (sample["doc"]["reference"], " wrong"), strict=True):
-            whole = lm.tok_encode(sample["doc"]["prompt"] + choice)
-            [one] = lm.engine.likelihoods([(context, whole[len(context) :])], policy)
-            assert float(response[0][0]) == pytest.approx(float(one.log_probabilities.sum()), abs=1e-4)
+        assert len(sample["resps"]) == 2
+        for (context, choice), response in zip(sample["arguments"], sample["resps"], strict=True):
+            ids, whole = lm.tok_encode(context), lm.tok_encode(context + choice)
+            [one] = lm.engine.likelihoods([(ids, whole[len(ids) :])], policy)
+            assert float(response[0][0]) == pytest.approx(float(one.log_probabilities.sum()), abs=1e-4), (
+                context,
+                choice,
+            )
             assert str(response[0][1]) == str(bool(one.greedy.all()))
 
 
