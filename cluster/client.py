@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -17,6 +18,7 @@ from pydantic import TypeAdapter
 from cluster.comparing.model import Comparison
 from cluster.errors import NotAllowed, ServerError
 from cluster.known import Known, KnownPolicy, ShownBenchmark
+from cluster.labels import Item, Judgement, LabelsImported
 from cluster.received import Rows, parsed
 from cluster.reports.model import JobReport
 from cluster.service import JobDetails, Retried, Service
@@ -175,6 +177,21 @@ class Client(Service):
         from cluster.schedules.remote import RemoteSchedules
 
         return RemoteSchedules(self._typed, self._json, self.upload)
+
+    # --- labels ------------------------------------------------------------------------------------------------------
+
+    def labels(self, job_id: int, *, samples: int | None = None, seed: int = 0) -> Iterator[Item]:
+        """As `Service.labels`."""
+        params = {"seed": seed} | ({} if samples is None else {"samples": samples})
+        with self._received("GET", f"/v1/jobs/{job_id}/labels", params=params) as file:
+            for line in file:
+                fields = json.loads(line)
+                yield Item(*(fields[name] for name in Item.__dataclass_fields__))
+
+    def import_labels(self, job_id: int, judge: str, judgements: Sequence[Judgement]) -> LabelsImported:
+        """As `Service.import_labels`."""
+        body = {"judge": judge, "labels": [asdict(one) for one in judgements]}
+        return self._typed(LabelsImported, "POST", f"/v1/jobs/{job_id}/labels", json=body, again=True, timeout=_LONG)
 
     # --- watching ----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """The service on a database at hand."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from db.session import Database, open_database
 if TYPE_CHECKING:
     from cluster.comparing.model import Comparison
     from cluster.gates import Gate, Verdict
+    from cluster.labels import Item, Judgement, LabelsImported
     from cluster.prepare import Validation
     from cluster.reports.model import JobReport
     from cluster.schedules.service import Schedules
@@ -183,6 +184,16 @@ class Local(Service):
         from cluster.schedules.keeping import LocalSchedules
 
         return LocalSchedules(lambda: self._opened(create=True), self._settings, self._who)
+
+    def labels(self, job_id: int, *, samples: int | None = None, seed: int = 0) -> "Iterator[Item]":
+        from cluster import labels
+
+        return labels.items(self._opened(), job_id, samples=samples, seed=seed)
+
+    def import_labels(self, job_id: int, judge: str, judgements: "Sequence[Judgement]") -> "LabelsImported":
+        from cluster import labels
+
+        return labels.import_labels(self._opened(), job_id, judge, judgements, who=self._who)
 
     def query(self, sql: str, *, timeout_s: float = 30, limit: int | None = None) -> "Result":
         from db.queries import query

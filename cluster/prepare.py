@@ -91,7 +91,7 @@ def prepare(db: Database, lease: Lease, *, workers: int = 1) -> None:
             db,
             lease,
             pinned=resolved.pinned.model_dump(mode="json"),
-            benchmarks=[_planned(benchmark) for benchmark in resolved.benchmarks],
+            benchmarks=[planned_benchmark(benchmark) for benchmark in resolved.benchmarks],
             artifacts=artifacts,
             policies=resolved.policies,
         )
@@ -183,8 +183,8 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
             for asked, benchmark in zip(spec.benchmarks, benchmarks, strict=True)
             if not benchmark.store_text
         },
-        versions=_package_versions(),
-        git_revision=_git_revision(),
+        versions=package_versions(),
+        git_revision=git_revision(),
         **_traced(spec, facts, manifest),
     )
     planned = [planned_policy(policy, manifest) for policy in policies]
@@ -291,7 +291,8 @@ def _check_differ(loaded: list[Benchmark]) -> None:
                 )
 
 
-def _planned(benchmark: Benchmark) -> PlannedBenchmark:
+def planned_benchmark(benchmark: Benchmark) -> PlannedBenchmark:
+    """The benchmark as the record keeps it."""
     recorded = benchmark.recorded
     return PlannedBenchmark(
         name=benchmark.name,
@@ -329,7 +330,8 @@ def _artifact(folder: Path) -> tuple[str, str, bytes]:
     return "exits", exits_hash(folder), pack(folder)
 
 
-def _package_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of Python, and of what may change a token, a score or a figure."""
     found = {"python": python_version()}
     for package in _VERSIONED:
         try:
@@ -339,7 +341,7 @@ def _package_versions() -> dict[str, str]:
     return found
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     """The commit that Shortstop runs from; None where it was installed from a package."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():

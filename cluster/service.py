@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cluster.comparing.model import Comparison
     from cluster.gates import Gate, Verdict
     from cluster.known import Known, KnownPolicy, ShownBenchmark
+    from cluster.labels import Item, Judgement, LabelsImported
     from cluster.prepare import Validation
     from cluster.reports.model import JobReport
     from cluster.schedules.service import Schedules
@@ -130,6 +131,14 @@ class Service(ABC):
     @abstractmethod
     def judge(self, gate: "Gate", a: str, b: str | None = None) -> "Verdict":
         """What a gate says of the two; nothing is run for it. See `cluster.gates.judge`."""
+
+    @abstractmethod
+    def labels(self, job_id: int, *, samples: int | None = None, seed: int = 0) -> "Iterator[Item]":
+        """What there is to judge of a job that has ended, see `cluster.labels.items`."""
+
+    @abstractmethod
+    def import_labels(self, job_id: int, judge: str, judgements: "Sequence[Judgement]") -> "LabelsImported":
+        """Take in what a judge said of a job's items; the same again changes nothing."""
 
     @abstractmethod
     def query(self, sql: str, *, timeout_s: float = 30, limit: int | None = None) -> Answer:

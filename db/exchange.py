@@ -104,6 +104,16 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("value", pa.float64()),
         ]
     ),
+    "labels": pa.schema(
+        [
+            ("benchmark", pa.int32()),
+            ("sample", pa.int32()),
+            ("text", pa.string()),
+            ("judge", pa.string()),
+            ("accepted", pa.bool_()),
+            ("at", pa.float64()),
+        ]
+    ),
     "timings": pa.schema(
         [
             ("run", pa.int32()),

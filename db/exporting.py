@@ -18,7 +18,7 @@ from db.partial import is_partial
 from db.records import JobState, RunRow, SampleRow
 from db.recount import snapshot, stream
 from db.session import Database
-from db.tables import artifact, benchmark, job, job_kernels, outcome, run, sample, score, task, timing
+from db.tables import artifact, benchmark, job, job_kernels, label, outcome, run, sample, score, task, timing
 from db.token_columns import selection, tokens_from
 from db.token_parquet import token_columns
 from db.trace_parquet import trace_columns
@@ -109,6 +109,7 @@ def _write(connection: Connection, row: Row[Any], folder: Path) -> dict[str, Any
         ("runs", [_run_rows(runs, benchmarks)]),
         ("tasks", [_task_rows(tasks, places, benchmarks)]),
         ("scores", _scores(connection, runs)),
+        ("labels", [_labels(connection, row.id, benchmarks)]),
         ("timings", _timings(connection, runs)),
     ):
         with _File(folder, name) as file:
@@ -201,6 +202,17 @@ def _scores(connection: Connection, runs: list[RunRow]) -> Iterator[list[tuple[A
                 run, and_(run.c.id == score.c.run_id, run.c.score_revision == score.c.revision)
             )
             yield sorted((place, *row) for row in connection.execute(chosen))
+
+
+def _labels(connection: Connection, job_id: int, benchmarks: dict[int, int]) -> list[tuple[Any, ...]]:
+    """In one order on both databases: they sort texts differently."""
+    columns = [
+        sample.c.benchmark_id,
+        sample.c.position,
+        *(label.c[name] for name in ("text", "judge", "accepted", "at")),
+    ]
+    rows = connection.execute(select(*columns).join_from(label, sample).where(label.c.job_id == job_id))
+    return sorted((benchmarks[row.benchmark_id], *row[1:]) for row in rows)
 
 
 def _timings(connection: Connection, runs: list[RunRow]) -> Iterator[list[tuple[Any, ...]]]:

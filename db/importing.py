@@ -23,6 +23,7 @@ from db.errors import BadInput, NewerSchema, OlderSchema
 from db.events import What
 from db.exchange import EXITS, SCHEMAS, batches, damaged, read_manifest, rows
 from db.jobs import runs_of
+from db.labels import hash_of
 from db.partial import IMPORTED, PRUNED
 from db.queue import NEW_TASK
 from db.records import JobState, OutcomeRow, SampleRow, ScoreRow, TraceRow
@@ -36,6 +37,7 @@ from db.tables import (
     insert_new,
     job,
     job_kernels,
+    label,
     rollup,
     run,
     sample,
@@ -201,6 +203,7 @@ class _Import:
             self.tasks = _tasks_of(connection, job_id)
             self._error = connection.execute(select(job.c.error).where(job.c.id == job_id)).scalar_one()
         self.runs = [one.id for one in runs]
+        self.samples_of_benchmark = [samples[id] for id in ids]
         self.samples_of_run = [samples[one.benchmark_id] for one in runs]
 
     def go_on(self) -> bool:
@@ -257,6 +260,7 @@ class _Import:
         yield from self._timings()
         yield from self._traces()
         yield from self._rollups()
+        yield from self._labels()
 
     def _outcomes(self) -> Iterator[_Piece]:
         """Completions and tokens come in the same order."""
@@ -306,6 +310,22 @@ class _Import:
                 counted = ({"run_id": one.id, "task_id": s.task_id} | vars(s.sums) for s in recount(connection, one))
                 for piece in _pieces(counted):
                     yield len(piece), partial(_insert, insert(rollup), piece)
+
+    def _labels(self) -> Iterator[_Piece]:
+        for piece in _pieces(rows(self.folder, "labels")):
+            values = [
+                {
+                    "job_id": self.job_id,
+                    "sample_id": self.samples_of_benchmark[place][position],
+                    "text_hash": hash_of(text),
+                    "text": text,
+                    "judge": judge,
+                    "accepted": accepted,
+                    "at": at,
+                }
+                for place, position, text, judge, accepted, at in piece
+            ]
+            yield len(piece), partial(_insert, insert(label), values)
 
 
 def _insert(statement: Any, values: list[dict[str, Any]], connection: Connection) -> None:

@@ -44,6 +44,7 @@ from db.tables import (
     job,
     job_event,
     job_kernels,
+    label,
     outcome,
     overlapping_sample,
     rollup,
@@ -61,10 +62,10 @@ _ENDED = [state for state in JobState if state.ended]
 
 #: what hangs on a job, each before what it refers to: by run, then by job
 OF_RUN = (score_row, timing, rollup, trace, outcome)
-OF_JOB = (task, run, job_kernels)
+OF_JOB = (label, task, run, job_kernels)
 
 #: foreign keys that PostgreSQL looks up and no index serves: every row that goes would cost a scan of all that remain
-_UNSERVED = ((rollup, "task_id"), (task, "parent_id"), (trace, "sample_id"))
+_UNSERVED = ((rollup, "task_id"), (task, "parent_id"), (trace, "sample_id"), (label, "sample_id"))
 
 
 @dataclass(frozen=True)

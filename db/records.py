@@ -52,7 +52,7 @@ class OutcomeRow:
     sample_id: int
     text: str | None
     error: str | None
-    finish: str | None  #: eos, length, line, stop; None for an error
+    finish: str | None  #: eos, length, line, stop; None for an error, and for a completion made elsewhere
     n_tokens: int  #: tokens written, a stop not counted
     prompt_tokens: int
     cut_tokens: int

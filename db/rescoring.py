@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, FromClause, Row, and_, delete, func, select, update
 
 from db import events, schema
+from db.elsewhere import KIND
 from db.errors import BadInput
 from db.events import LOCAL, What
 from db.jobs import runs_of
@@ -38,7 +39,7 @@ class Completed:
 
     text: str
     reference: str
-    token_ids: list[int] | None = None  #: a stop has none; None where tokens were not asked for
+    token_ids: list[int] | None = None  #: a stop has none; None where tokens were not asked for, or made elsewhere
     full_token_ids: list[int] | None = None  #: of the `full` run; None also where that ended with an error
     prompt: str | None = None  #: None where tests were not asked for
     test: str | None = None  #: of the sample; None also where it has none
@@ -198,10 +199,11 @@ def _completed(db: Database, window: _Window, with_tokens: bool) -> list[tuple[R
         rows = connection.execute(chosen).all()
     if not with_tokens:
         return [(row, Completed(row.text, row.reference)) for row in rows]
-    ids = {(row.run_id, row.sample_id): _token_ids(db.dialect, row) for row in rows}
+    ours = {one.id for one in window.runs if one.policy_kind != KIND}
+    ids = {(row.run_id, row.sample_id): _token_ids(db.dialect, row) for row in rows if row.run_id in ours}
     full = next((one.id for one in window.runs if one.policy_kind == "full"), None)
     return [
-        (row, Completed(row.text, row.reference, ids[row.run_id, row.sample_id], ids.get((full, row.sample_id))))
+        (row, Completed(row.text, row.reference, ids.get((row.run_id, row.sample_id)), ids.get((full, row.sample_id))))
         for row in rows
     ]
 

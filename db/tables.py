@@ -282,6 +282,20 @@ score = Table(
     Column("value", Double),
 )
 
+#: what judges said of a text that policies wrote for a sample, whichever policies those were
+label = Table(
+    "label",
+    metadata,
+    _refers("job_id", "job.id"),
+    _refers("sample_id", "sample.id"),
+    Column("text_hash", Text),  # SHA-256 (hex): a text may be too long for a key
+    Column("judge", Text),
+    Column("text", Text, nullable=False),
+    Column("accepted", Boolean, nullable=False),
+    Column("at", Double, nullable=False),
+    PrimaryKeyConstraint("job_id", "sample_id", "text_hash", "judge"),
+)
+
 timing = Table(
     "timing",
     metadata,

@@ -57,21 +57,28 @@ def prefill(
 
     `allowed` restricts a row's first token to some ids of the vocabulary.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    span = Span(list(range(len(prompts))), [0] * len(prompts), lengths)
-    cache = stack.new_cache(len(prompts), max(lengths) + room)
-    ids = torch.tensor([token for prompt in prompts for token in prompt], device=stack.device)
-    positions = torch.tensor(span.flat[1], device=stack.device)
-    states = stack.run(stack.embed(ids, positions), span, cache, 0, stack.n_layers)
-    logits = stack.unembed(stack.norm(states[span.last]))
+    cache, lengths, logits, keys = first_logits(stack, prompts, room)
     for row, ids_allowed in enumerate(allowed or []):
         if ids_allowed is not None:
             kept = logits[row, ids_allowed]
             logits[row] = -torch.inf
             logits[row, ids_allowed] = kept
     first = choose(logits)
-    keys = [prompt_key(prompt) for prompt in prompts]
     return Prefill(cache, lengths, Choice(first.tokens, first.confidences), keys)
+
+
+def first_logits(
+    stack: LayerStack, prompts: list[list[int]], room: int
+) -> tuple[KeyValues, list[int], Tensor, list[int]]:
+    """As `prefill`, but for the choice: cache, lengths, logits [rows, vocabulary] of each first token, keys."""
+    lengths = [len(prompt) for prompt in prompts]
+    span = Span(list(range(len(prompts))), [0] * len(prompts), lengths)
+    cache = stack.new_cache(len(prompts), max(lengths) + room)
+    ids = torch.tensor([token for prompt in prompts for token in prompt], device=stack.device)
+    positions = torch.tensor(span.flat[1], device=stack.device)
+    states = stack.run(stack.embed(ids, positions), span, cache, 0, stack.n_layers)
+    keys = [prompt_key(prompt) for prompt in prompts]
+    return cache, lengths, stack.unembed(stack.norm(states[span.last])), keys
 
 
 class Decoding:

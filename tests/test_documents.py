@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,49 @@ def test_the_readmes_python_runs_as_written(folder: Path) -> None:
         [sys.executable, "-c", code], cwd=folder, env=environment(folder), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def blocks(document: str, *languages: str) -> list[tuple[str, str]]:
+    """(language, text) in their order."""
+    text = (ROOT / "docs" / document).read_text()
+    return re.findall(rf"```({'|'.join(languages)})\n(.*?)```", text, re.DOTALL)
+
+
+def run_block(language: str, text: str, folder: Path) -> None:
+    """A block as one script, every line of which must succeed."""
+    command = ["bash", "-euc", text] if language == "sh" else [sys.executable, "-c", text]
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True)
+    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.fixture
+def reader(folder: Path, tmp_path: Path) -> Path:
+    """The reader's place, with a record of its own."""
+    shutil.copytree(folder, tmp_path / "reader", ignore=shutil.ignore_patterns("record.db*", "my-exits", "job-1"))
+    return tmp_path / "reader"
+
+
+@pytest.mark.timeout(600)
+def test_labels_are_made_as_written(reader: Path) -> None:
+    for language, text in blocks("labels.md", "sh"):
+        run_block(language, text, reader)
+    assert "Acceptance rate" in (reader / "report.html").read_text()
+
+
+@pytest.mark.timeout(600)
+def test_scores_are_made_again_as_written(reader: Path) -> None:
+    [(language, text)] = blocks("benchmarks.md", "sh")
+    run_block(language, text, reader)
+
+
+@pytest.mark.timeout(900)
+def test_neighbours_are_met_as_written(reader: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra lm-eval carries the harness")
+    found = blocks("neighbours.md", "sh", "yaml", "python")
+    assert [language for language, _ in found] == ["sh", "sh", "sh", "yaml", "sh", "python"]
+    for language, text in found:
+        if language == "yaml":
+            (reader / "double.yaml").write_text(text)
+        else:
+            run_block(language, text, reader)
+    assert list((reader / "harness").rglob("samples_double_*.jsonl"))

@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.api import comparing, health, jobs, known, questions, rows, schedules, sessions, uploads
-from cluster.api.limits import JSON_BYTES, Bounded, Rate
+from cluster.api import comparing, health, jobs, known, labels, questions, rows, schedules, sessions, uploads
+from cluster.api.limits import Bounded, Rate, most_bytes
 from cluster.api.problems import ProblemDetails, tell_problems
 from cluster.api.state import THREADS, State
 from cluster.api.watching import Hub
@@ -62,9 +62,6 @@ def make_app(db: Database, settings: Settings, *, is_loopback: bool, with_pages:
         with suppress(asyncio.CancelledError):
             await looking
 
-    def most(path: str) -> int:
-        return settings.upload_mb << 20 if path == "/v1/uploads" else JSON_BYTES
-
     app = FastAPI(
         title="Shortstop",
         version=version("shortstop"),
@@ -74,11 +71,11 @@ def make_app(db: Database, settings: Settings, *, is_loopback: bool, with_pages:
         redirect_slashes=False,
         docs_url=None,  # their pages come from a foreign network
         redoc_url=None,
-        middleware=[Middleware(Logged), Middleware(Bounded, most=most)],
+        middleware=[Middleware(Logged), Middleware(Bounded, most=most_bytes(settings.upload_mb))],
     )
     app.state.shortstop = state
     tell_problems(app)
-    for room in (jobs, comparing, schedules, rows, questions, uploads, known, sessions, health):
+    for room in (jobs, comparing, schedules, rows, labels, questions, uploads, known, sessions, health):
         app.include_router(room.router)
     if with_pages:
         app.include_router(pages)
@@ -97,6 +94,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
             ScheduleSpec,
             questions.Question,
             comparing.Judged,
+            labels.JudgedLabels,
             Login,
             ProblemDetails,
         )

@@ -22,6 +22,7 @@ SCHEDULE = {
 POLICY = {"confidence": {"threshold": 0.9}}
 QUESTION = {"sql": "select policy, decision, count(*) as n from token group by 1, 2", "limit": 100}
 GATE = {"gate": {"rules": [{"metric": "rouge_l", "max_loss": 0.02}]}, "a": "12", "b": "13"}
+LABELS = {"judge": "anna", "labels": [{"id": "1.17.0123456789abcdef", "accepted": True}]}
 LOGIN = {"key": "shortstop_0123456789ab_…"}
 
 

@@ -20,7 +20,9 @@ from cluster.cli import (
     finished,
     fleet,
     jobs,
+    labels,
     machine,
+    neighbours,
     query,
     schedules,
     serve,
@@ -95,6 +97,7 @@ for command in (
     query.query,
     exchange.export_job,
     exchange.import_job,
+    exchange.import_completions,
     catalogue.models,
     catalogue.policies,
     training.train,
@@ -104,6 +107,11 @@ for command in (
     machine.doctor,
 ):
     app.command(name=command.__name__.removesuffix("_jobs").removesuffix("_job").replace("_", "-"))(command)
+
+app.command(
+    name="lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)(neighbours.lm_eval)
 
 database = typer.Typer(help="Look after the database.", no_args_is_help=True)
 database.command()(machine.upgrade)
@@ -140,6 +148,11 @@ bundles.command()(exits.show)
 bundles.command()(exits.verify)
 bundles.command("import")(exits.import_exits)
 app.add_typer(bundles, name="exits")
+
+label = typer.Typer(help="Let people judge completions.", no_args_is_help=True)
+label.command()(labels.export)
+label.command("import")(labels.import_)
+app.add_typer(label, name="label")
 
 keys = typer.Typer(help="Look after the API keys of a server's clients.", no_args_is_help=True)
 keys.command()(serve.create)

@@ -40,6 +40,8 @@ OPERATIONS = {
     ("POST", "/v1/schedules/{name}/resume"): "submit",
     ("POST", "/v1/schedules/{name}/trigger"): "submit",
     ("POST", "/v1/schedules/{name}/resend"): "submit",
+    ("GET", "/v1/jobs/{job_id}/labels"): "read",
+    ("POST", "/v1/jobs/{job_id}/labels"): "submit",
     ("POST", "/v1/query"): "query",
     ("POST", "/v1/uploads"): "submit",
     ("GET", "/v1/models"): "read",
