@@ -128,7 +128,7 @@ class Tracing:
         if self.heads.controller is None:
             judged = torch.full((3, len(states)), torch.nan)
         else:
-            judged = self.heads.judge(states).T
+            judged = self.heads.judge(point, states).T
         self._check_finite(point, column["probabilities"])
         return {
             name: values.cpu().numpy().astype(np.int32 if name in ("tokens", "ranks") else np.float32)

@@ -77,7 +77,8 @@ def test_each_scope_at_each_operation(site: Site, scope: str | None) -> None:
     for (method, path), needed in OPERATIONS.items():
         if scope == "admin" and path.endswith(("cancel", "pause", "retry", "resume")):
             continue  # it may, and would
-        target = path.replace("{job_id}", str(site.waiting if "events" not in path else site.done))
+        of_ended = path.endswith(("events", "labels"))
+        target = path.replace("{job_id}", str(site.done if of_ended else site.waiting))
         target += f"?a={site.done}" if path == "/v1/compare" else ""
         answer = site.served.ask(method, target, key)  # without a body: who may gets as far as its absence
         got = (method, path, scope, answer.status_code, answer.text)
