@@ -53,9 +53,11 @@ def serve(
         )
         with (
             _listening(host, port) as listener,
-            fleet(settings) if with_fleet else nullcontext(),
+            fleet(settings) if with_fleet else nullcontext() as keeper,
             ticking(settings),
         ):
+            if keeper:
+                app.state.shortstop.metrics.gpus = keeper.gpus
             server = _Server(config, app.state.shortstop.hub.close)
             gc.freeze()  # what is loaded by now stays: looking through it again would stop every request in hand
             on_ready(f"http://{_shown(host)}:{listener.getsockname()[1]}")
