@@ -275,7 +275,7 @@ class _Import:
 
     def _scores(self) -> Iterator[_Piece]:
         revisions = dict.fromkeys(self.runs, _REVISION)
-        for piece in _pieces(rows(self.folder, "scores")):
+        for piece in _pieces_of_completions(rows(self.folder, "scores")):
             scores = [
                 ScoreRow(self.runs[place], self.samples_of_run[place][position], metric, version, value)
                 for place, position, metric, version, value in piece
@@ -356,4 +356,16 @@ def _inconsistent(folder: Path, complaint: str) -> BadInput:
 def _pieces(values: Iterable[Any]) -> Iterator[list[Any]]:
     ahead = iter(values)
     while piece := list(islice(ahead, _ROWS)):
+        yield piece
+
+
+def _pieces_of_completions(scores: Iterable[Sequence[Any]]) -> Iterator[list[Sequence[Any]]]:
+    """The scores of one completion are written together."""
+    piece: list[Sequence[Any]] = []
+    for _, of_completion in groupby(scores, key=lambda row: tuple(row[:2])):
+        piece.extend(of_completion)
+        if len(piece) >= _ROWS:
+            yield piece
+            piece = []
+    if piece:
         yield piece

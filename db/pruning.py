@@ -46,7 +46,7 @@ from db.tables import (
     rollup,
     run,
     sample,
-    score,
+    score_row,
     task,
     timing,
 )
@@ -56,7 +56,7 @@ _ROWS = 5_000
 _ENDED = [state for state in JobState if state.ended]
 
 #: what hangs on a job, each before what it refers to: by run, then by job
-OF_RUN = (score, timing, rollup, outcome)
+OF_RUN = (score_row, timing, rollup, outcome)
 OF_JOB = (task, run, job_kernels)
 
 #: foreign keys that PostgreSQL looks up and no index serves: every row that goes would cost a scan of all that remain

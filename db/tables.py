@@ -220,16 +220,40 @@ outcome = Table(
     CheckConstraint("(text IS NULL) <> (error IS NULL)", name="completion_or_error"),
 )
 
-score = Table(
-    "score",
+#: metrics in an order, under a number that their names and versions give: see `db.score_rows`
+metric_list = Table(
+    "metric_list",
+    metadata,
+    Column("list_id", BigInteger),
+    Column("place", Integer),
+    Column("metric", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    PrimaryKeyConstraint("list_id", "place"),
+)
+
+#: the scores that a completion has by one revision, in the order of a list of metrics. Read through the view `score`.
+score_row = Table(
+    "score_row",
     metadata,
     _refers("run_id", "run.id"),
     Column("revision", Integer),
     _refers("sample_id", "sample.id"),
+    Column("list_id", BigInteger, nullable=False),
+    Column("scores", postgresql.ARRAY(Double).with_variant(JSON, "sqlite"), nullable=False),
+    PrimaryKeyConstraint("run_id", "revision", "sample_id"),
+    sqlite_with_rowid=False,
+)
+
+#: a view, hence of no metadata: a row for each score of `score_row`
+score = Table(
+    "score",
+    MetaData(),
+    Column("run_id", BigInteger, ForeignKey(run.c.id)),
+    Column("revision", Integer),
+    Column("sample_id", BigInteger),
     Column("metric", Text),
-    Column("version", Text, nullable=False),
-    Column("value", Double, nullable=False),
-    PrimaryKeyConstraint("run_id", "revision", "sample_id", "metric"),
+    Column("version", Text),
+    Column("value", Double),
 )
 
 timing = Table(
@@ -345,7 +369,7 @@ browser_session = Table(
 #: writes them holds the shard (the fence) or the job (`db.rescoring`); what they refer to goes after them, and when
 #: nobody can write any more (`db.pruning`); `db.checks` finds what lacks.
 UNCHECKED_ON_POSTGRESQL = frozenset(
-    (table.name, key.parent.name) for table in (outcome, score) for key in table.foreign_keys
+    (table.name, key.parent.name) for table in (outcome, score_row) for key in table.foreign_keys
 )
 
 

@@ -8,14 +8,13 @@ Both ways write through the driver's own connection, inside the transaction that
 
 import struct
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sqlalchemy import ColumnElement, Connection, literal_column
 
-from db.binary_copy import NULL, copied_rows, elements, text_field
+from db.binary_copy import NULL, array_header, copied_rows, elements, text_field
 from db.errors import RecordError
 from db.queue import storable
 from db.records import OutcomeRow, TokenArrays
@@ -132,17 +131,9 @@ def _cut(encoded: bytes, tokens: Sequence[TokenArrays | None], field: str, size:
         n = len(getattr(one, field))
         end = at + n * size
         is_null = field == "drafts" and not np.count_nonzero(one.drafts)  # on ten tokens a fifth of the time of `any`
-        fields.append(NULL if is_null else _array_header(n, size, oid) + encoded[at:end])
+        fields.append(NULL if is_null else array_header(n, size, oid) + encoded[at:end])
         at = end
     return fields
-
-
-@lru_cache(maxsize=10_000)
-def _array_header(n: int, size: int, oid: int) -> bytes:
-    """Field length, dimensions, has-nulls, element type; then for one dimension its length and lower bound."""
-    if n == 0:
-        return struct.pack(">iiii", 12, 0, 0, oid)
-    return struct.pack(">iiiiii", 20 + n * size, 1, 0, oid, n, 1)
 
 
 def _from_arrays(columns: Sequence[bytes | None]) -> TokenArrays:
