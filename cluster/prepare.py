@@ -209,7 +209,7 @@ def _traced(spec: JobSpec, facts: ModelFacts, manifest: ExitsManifest | None) ->
         raise BadInput("exits: a trace needs some, and none are given; name a bundle in the field `exits`.")
     return {
         "trace": spec.trace,
-        "controller": manifest.controller,
+        "controller": manifest.controller is not None,
         "shape": asdict(model_shape(facts, spec.dtype)),
         "heads": head_parameters(facts, manifest),
     }

@@ -76,8 +76,10 @@ def read_traces(connection: Connection, one: RunRow, first: int, end: int) -> li
     within = (sample.c.benchmark_id == one.benchmark_id, sample.c.position >= first, sample.c.position < end)
     of_run = and_(trace.c.sample_id == sample.c.id, trace.c.run_id == one.id)
     chosen = select(*_SAMPLE, *_ROW).join(trace, of_run).where(*within).order_by(sample.c.position)
-    rows = (tuple(row) for row in connection.execute(chosen))
-    return [TracedSample(*row[:7], arrays=unpack(*row[7:])) for row in rows]
+    found = []
+    for number, position, name, group, language, prompt_tokens, key, *packed in connection.execute(chosen):
+        found.append(TracedSample(number, position, name, group, language, prompt_tokens, key, unpack(*packed)))
+    return found
 
 
 def source_groups(db: Database, run_id: int) -> list[str]:

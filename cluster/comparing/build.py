@@ -127,7 +127,8 @@ def _pair(db: Database, a: RunRow, b: RunRow, job_a: JobRow, job_b: JobRow, want
     )
     clusters = Clusters(samples.source_group)
     found = []
-    for metric in _shared_metrics(job_a, job_b, scores_a, scores_b, notes):
+    shared = _shared_metrics(job_a, job_b, scores_a, scores_b, notes)
+    for metric in shared:
         if wanted.has(metric):
             version = pinned_b.get("metrics", {}).get(metric)
             found.append(quality_of(metric, version, clusters, scores_a[metric], scores_b[metric], wanted))
@@ -143,7 +144,9 @@ def _pair(db: Database, a: RunRow, b: RunRow, job_a: JobRow, job_b: JobRow, want
         )
     if a.policy == b.policy and a.policy_spec != b.policy_spec:
         notes.append(f"The policy of that name is another one: {a.policy_spec} in A, {b.policy_spec} in B.")
-    moved_metric = next((name for name in ("rouge_l", "es", *scores_a) if name in scores_a and name in scores_b), None)
+    moved_metric = next(
+        (name for name in ("rouge_l", "es", *shared) if name in shared and _differ(scores_a, scores_b, name)), None
+    )
     binary = [one.metric for one in found if one.mcnemar is not None and one.metric != "errors"]
     return PairComparison(
         benchmark=b.benchmark,
@@ -164,6 +167,7 @@ def _pair(db: Database, a: RunRow, b: RunRow, job_a: JobRow, job_b: JobRow, want
         differences=found,
         levels=levels_of(db, b, pinned_b, clusters, scores_b, wanted),
         flips=[_flips(metric, samples, scores_a[metric], scores_b[metric]) for metric in binary],
+        diverged=_diverged(samples),
         moved=[] if moved_metric is None else _moved(samples, scores_a[moved_metric], scores_b[moved_metric]),
         moved_metric=moved_metric,
         notes=notes,
@@ -235,6 +239,10 @@ def _flips(metric: str, samples: Samples, a: Any, b: Any) -> Flips:
     )
 
 
+def _differ(a: dict[str, Any], b: dict[str, Any], metric: str) -> bool:
+    return bool((np.nan_to_num(a[metric] - b[metric]) != 0).any())
+
+
 def _moved(samples: Samples, a: Any, b: Any) -> list[Moved]:
     """The samples that lost most, then those that gained most, each most first."""
     change = np.nan_to_num(b - a)
@@ -242,6 +250,12 @@ def _moved(samples: Samples, a: Any, b: Any) -> list[Moved]:
     lost = [at for at in order[: LISTED // 2] if change[at] < 0]
     gained = [at for at in order[::-1][: LISTED // 2] if change[at] > 0]
     return [Moved(**_named(samples, at), a=float(a[at]), b=float(b[at])) for at in [*lost, *gained]]
+
+
+def _diverged(samples: Samples) -> list[Flip]:
+    order = np.argsort(samples.divergence, kind="stable")
+    first = int((samples.divergence < 0).sum())  # those that do not part stand before
+    return [Flip(**_named(samples, at)) for at in order[first : first + LISTED]]
 
 
 def _named(samples: Samples, at: int) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Difference(Part):
 
 
 class Flip(Part):
-    """A sample that changed sides."""
+    """A sample that changed."""
 
     sample_id: int  #: the record's own key
     sample: str
@@ -114,7 +114,10 @@ class PairComparison(Part):
     #: what B alone comes to: metrics, and speedups over `full` of its own job
     levels: dict[str, Estimate]
     flips: list[Flips]
-    moved: list[Moved]  #: by `rouge_l`, or the first metric there is: those that lost most, then those that gained most
+    diverged: list[Flip] = []  #: samples with other tokens, those first whose tokens part first
+    moved: list[
+        Moved
+    ]  #: by `rouge_l`, or the first metric that changed: those that lost most, then those that gained most
     moved_metric: str | None
     notes: list[str]
 

@@ -100,6 +100,7 @@ def _behind(db: Database, pair: PairComparison) -> list[Listed]:
     gained = [one for one in pair.moved if one.b > one.a]
     lists.append((f"{pair.moved_metric} fell most", len(lost), lost))
     lists.append((f"{pair.moved_metric} rose most", len(gained), gained))
+    lists.append(("Other tokens", pair.agreement.diverging, pair.diverged))
     ids = {one.sample_id for _, _, rows in lists for one in rows[:SHOWN]}
     texts = written_by(db, pair.run_a, pair.run_b, ids)
     seen: list[list[int]] = []

@@ -66,7 +66,7 @@ def test_refusals_are_problems(site: Site, params: dict[str, str], status: int, 
     ("body", "sentence"),
     [
         ({}, "field 'gate' is missing"),
-        ({"gate": [], "a": "1"}, "gate: [] is no mapping"),
+        ({"gate": [], "a": "1"}, "gate: [] is not a mapping"),
         ({"gate": {"rules": [{"metric": "es"}]}, "a": "1"}, "give one of max_loss and min"),
         ({"gate": RULES}, "field 'a' is missing"),
         ({"gate": RULES, "a": "1", "c": 1}, "field 'c' is not known here"),

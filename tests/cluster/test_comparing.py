@@ -56,7 +56,7 @@ def test_the_same_spec_twice_differs_in_nothing_but_time(scene: Compared) -> Non
             else:
                 assert one.floor is not None
                 assert one.floor.share is None  # the only pair of runs is the one that is looked at
-        assert pair.moved == []
+        assert pair.moved == pair.diverged == []
 
 
 def test_a_policy_that_leaves_too_early_is_found_with_its_samples(scene: Compared) -> None:
@@ -78,6 +78,7 @@ def test_a_policy_that_leaves_too_early_is_found_with_its_samples(scene: Compare
     assert pair.agreement.diverging > 30
     assert sum(pair.agreement.first_divergence.values()) == pair.agreement.diverging
     assert pair.moved[0].b < pair.moved[0].a
+    assert len(pair.diverged) == pair.agreement.diverging
 
 
 def test_two_policies_of_one_job_were_timed_in_turns(scene: Compared) -> None:

@@ -269,7 +269,9 @@ def test_two_jobs_are_compared_from_the_form_to_a_sample(scene: Scene, browser: 
 def test_what_cannot_be_compared_is_told_beside_the_form(scene: Scene, browser: Browser) -> None:
     browser.open(f"{scene.served.url}/compare?a={scene.done}&b={scene.dead}")
     told = browser.evaluate("document.querySelector('[role=alert]').textContent")
-    assert told == f"job {scene.dead} is failed; only a job that is done can be compared."
+    assert (
+        told == f"job {scene.dead} is {jobs.job(scene.db, scene.dead).state}; only a job that is done can be compared."
+    )
     assert browser.evaluate("document.getElementById('a').value") == str(scene.done)
     assert serious_findings(browser) == []
 
