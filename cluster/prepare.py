@@ -19,7 +19,7 @@ from db.queue import Lease
 from db.records import PlannedBenchmark, PlannedPolicy
 from db.session import Database
 from engine.errors import BadInput
-from engine.exits import ExitsManifest, check_policy, check_weights, exits_hash, find_exits, read_manifest
+from engine.exits import ExitsManifest, after_exit, check_policy, check_weights, exits_hash, find_exits, read_manifest
 from engine.loading import ModelFacts, load_tokenizer, resolve_model
 from engine.shapes import head_parameters, model_shape
 from engine.spec import Original, PolicySpec
@@ -185,7 +185,7 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         },
         versions=package_versions(),
         git_revision=git_revision(),
-        **_traced(spec, facts, manifest),
+        **_traced(spec, facts, manifest, folder),
     )
     planned = [planned_policy(policy, manifest) for policy in policies]
     if spec.trace is not None:
@@ -201,15 +201,16 @@ def with_references(policies: Sequence[PolicySpec], manifest: ExitsManifest | No
     return [*policies[:place], Original(), *policies[place:]]
 
 
-def _traced(spec: JobSpec, facts: ModelFacts, manifest: ExitsManifest | None) -> dict[str, Any]:
+def _traced(spec: JobSpec, facts: ModelFacts, manifest: ExitsManifest | None, folder: Path | None) -> dict[str, Any]:
     """What a trace pins on top: all that replay needs to know where there are no weights. Raises `BadInput`."""
     if spec.trace is None:
         return {}
-    if manifest is None:
+    if manifest is None or folder is None:
         raise BadInput("exits: a trace needs some, and none are given; name a bundle in the field `exits`.")
     return {
         "trace": spec.trace,
         "controller": manifest.controller is not None,
+        "after_exit": after_exit(folder, manifest),
         "shape": asdict(model_shape(facts, spec.dtype)),
         "heads": head_parameters(facts, manifest),
     }
