@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 CODE := cluster workers engine db tests shortstop.py
 
-.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring clean
+.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-benchmarks bench-stats bench-replay bench-exits bench-training clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -41,8 +41,29 @@ bench-service: $(STAMP)
 	$(BIN)/python -m tests.bench.service
 	$(BIN)/python -m tests.bench.pages
 
+# What each shipped bundle is worth, hours of it: BENCH_SAMPLES=1500 for figures of quality, BENCH_BUNDLES for some only
+bench-exits: $(STAMP)
+	$(BIN)/python -m tests.bench.exits
+
 bench-scoring: $(STAMP)
 	$(BIN)/python -m tests.bench.scoring
+
+# A file of 2 GB, which is removed again; smaller: BENCH_GB=0.2
+bench-benchmarks: $(STAMP)
+	$(BIN)/python -m tests.bench.benchmarks
+
+# How often comparisons and gates err: a real job of five minutes, 10,000 draws from it, then 40 small jobs of one spec
+bench-stats: $(STAMP)
+	$(BIN)/python -m tests.bench.stats
+	$(BIN)/python -m tests.bench.schedules
+
+# A thousand policies over made-up traces of up to a million tokens; what a trace of the real model costs
+bench-replay: $(STAMP)
+	$(BIN)/python -m tests.bench.replay
+
+# Heads on cached states, and tuning, of SmolLM2; two minutes on two quiet cores
+bench-training: $(STAMP)
+	$(BIN)/python -m tests.bench.training
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

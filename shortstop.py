@@ -17,16 +17,17 @@ import engine.waiting  # noqa: F401 - before numpy and torch, which a user may i
 
 if TYPE_CHECKING:
     from cluster.client import Client
-    from cluster.embedded import add_policy, completions, evaluate, report, rescore, tokens
+    from cluster.embedded import add_policy, completions, evaluate, replay, report, rescore, tokens, traces
+    from cluster.replays import ReplayReport
     from cluster.reports.model import JobReport, RunReport
     from cluster.spec import JobSpec
+    from cluster.training import train
     from db.errors import RecordError
     from engine.engine import Engine
     from engine.errors import BadInput, EngineError
     from engine.record import Completion
     from engine.spec import PolicySpec, policy
     from engine.training.spec import TrainSpec
-    from engine.training.train import train
 
 #: where each public name lives
 _HOMES = {
@@ -39,16 +40,19 @@ _HOMES = {
     "JobSpec": "cluster.spec",
     "PolicySpec": "engine.spec",
     "RecordError": "db.errors",
+    "ReplayReport": "cluster.replays",
     "RunReport": "cluster.reports.model",
     "TrainSpec": "engine.training.spec",
     "add_policy": "cluster.embedded",
     "completions": "cluster.embedded",
     "evaluate": "cluster.embedded",
     "policy": "engine.spec",
+    "replay": "cluster.embedded",
     "report": "cluster.embedded",
     "rescore": "cluster.embedded",
     "tokens": "cluster.embedded",
-    "train": "engine.training.train",
+    "traces": "cluster.embedded",
+    "train": "cluster.training",
 }
 
 __all__ = [
@@ -61,15 +65,18 @@ __all__ = [
     "JobSpec",
     "PolicySpec",
     "RecordError",
+    "ReplayReport",
     "RunReport",
     "TrainSpec",
     "add_policy",
     "completions",
     "evaluate",
     "policy",
+    "replay",
     "report",
     "rescore",
     "tokens",
+    "traces",
     "train",
 ]
 

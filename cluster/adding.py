@@ -29,6 +29,8 @@ def add_policy(db: Database, job_id: int, policy: Any, *, who: str = LOCAL) -> s
     if "weights_hash" not in (job.pinned or {}):
         raise Conflict(f"job {job_id} has no model, only completions that were imported; submit a job that names one.")
     pinned = Pinned.model_validate(job.pinned)
+    if pinned.trace is not None:
+        raise BadInput(f"job {job_id} is a trace, which runs no policy; ask it with `shortstop replay {job_id}`.")
     check_metrics(job_id, pinned.metrics)
     if asked.needs != "nothing" and pinned.exits_hash is None:
         raise BadInput(

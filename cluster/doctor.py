@@ -136,7 +136,7 @@ def _benchmarks() -> Iterator[Check]:
 
     for name, entry in benchmarks.items():
         source = None if entry.declaration is None else entry.declaration.source
-        if source and source.dataset is not None:
+        if source is not None and source.dataset is not None:
             yield Check(
                 f"benchmark {name}", Finding.NOTE, f"read from dataset {source.dataset!r} when a job asks for it"
             )

@@ -3,23 +3,26 @@
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 from pathlib import Path
 from platform import python_version
+from typing import Any
 
-from cluster.spec import JobSpec
+from cluster.spec import TRACE, JobSpec
 from db import errors as record_errors
 from db import jobs
+from db.estimating import Estimate, estimate
 from db.queue import Lease
 from db.records import PlannedBenchmark, PlannedPolicy
 from db.session import Database
 from engine.errors import BadInput
 from engine.exits import ExitsManifest, check_policy, check_weights, exits_hash, find_exits, read_manifest
 from engine.loading import ModelFacts, load_tokenizer, resolve_model
-from engine.spec import PolicySpec
+from engine.shapes import head_parameters, model_shape
+from engine.spec import Original, PolicySpec
 from workers.benchmarks.catalogue import load_benchmark
 from workers.benchmarks.sample import Benchmark
 from workers.bundle import pack
@@ -68,6 +71,7 @@ class Validation:
     batch_size: int  #: what `auto` came to, where the spec says so
     policies: list[str]  #: labels, in the report's order
     benchmarks: list[ValidatedBenchmark]
+    estimate: Estimate | None  #: None where this model was never timed on this device class
 
 
 def prepare(db: Database, lease: Lease, *, workers: int = 1) -> None:
@@ -97,13 +101,26 @@ def prepare(db: Database, lease: Lease, *, workers: int = 1) -> None:
         raise
 
 
-def validate(spec: JobSpec, *, workers: int = 1) -> Validation:
+def validate(spec: JobSpec, *, workers: int = 1, db: Database | None = None) -> Validation:
     """Look up and read all that a job needs, and say what it would do. Writes nothing. Raises `BadInput`.
 
-    workers: how many are to share this machine, as in `prepare`.
+    workers: how many are to share this machine, as in `prepare`. db: the record whose earlier jobs say how long it
+    would take.
     """
     resolved = resolve(spec, workers=workers)
     pinned = resolved.pinned
+    likely = (
+        None
+        if db is None
+        else estimate(
+            db,
+            weights_hash=pinned.weights_hash,
+            device_class=pinned.device_class,
+            samples=sum(len(benchmark.samples) for benchmark in resolved.benchmarks),
+            max_new_tokens=pinned.max_new_tokens,
+            policies=[policy.kind for policy in resolved.policies],
+        )
+    )
     return Validation(
         model=pinned.model,
         n_layers=pinned.n_layers,
@@ -112,6 +129,7 @@ def validate(spec: JobSpec, *, workers: int = 1) -> Validation:
         batch_size=pinned.batch_size,
         policies=[policy.label for policy in resolved.policies],
         benchmarks=[_validated(benchmark, pinned) for benchmark in resolved.benchmarks],
+        estimate=likely,
     )
 
 
@@ -130,7 +148,8 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         )
     folder = None if spec.exits is None else find_exits(spec.exits, facts)
     manifest = None if folder is None else read_manifest(folder)
-    _check_exits(spec.policies, manifest, facts)
+    policies = with_references(spec.policies, manifest)
+    _check_exits(policies, manifest, facts)
     versions = metrics_of_workers(spec.metrics)
     benchmarks = _load_benchmarks(spec)
     _check_differ(benchmarks)
@@ -145,6 +164,7 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         max_context=facts.max_context,
         exits=spec.exits,
         exits_hash=None if folder is None else exits_hash(folder),
+        tuned_weights_hash=manifest.tuned_weights_hash if manifest else None,
         head=manifest.head if manifest else None,
         exit_points=manifest.exit_points if manifest else (),
         device=device.type,
@@ -158,11 +178,41 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         shard_batches=spec.shard_batches,
         metrics=versions,
         benchmarks={benchmark.name: benchmark.content_hash for benchmark in benchmarks},
+        withheld={
+            benchmark.content_hash: asked.model_dump(mode="json", exclude_defaults=True)
+            for asked, benchmark in zip(spec.benchmarks, benchmarks, strict=True)
+            if not benchmark.store_text
+        },
         versions=package_versions(),
         git_revision=git_revision(),
+        **_traced(spec, facts, manifest),
     )
-    policies = [planned_policy(policy, manifest) for policy in spec.policies]
-    return Resolved(pinned, benchmarks, policies, folder)
+    planned = [planned_policy(policy, manifest) for policy in policies]
+    if spec.trace is not None:
+        planned = [PlannedPolicy(label=TRACE, kind=TRACE, spec={TRACE: {"target": spec.trace}})]
+    return Resolved(pinned, benchmarks, planned, folder)
+
+
+def with_references(policies: Sequence[PolicySpec], manifest: ExitsManifest | None) -> list[PolicySpec]:
+    """The policies; where the exits tune the model, the model as it came stands behind `full`, the other reference."""
+    if manifest is None or not manifest.tunes or any(policy.untuned for policy in policies):
+        return list(policies)
+    place = next(i for i, policy in enumerate(policies) if policy.kind == "full") + 1
+    return [*policies[:place], Original(), *policies[place:]]
+
+
+def _traced(spec: JobSpec, facts: ModelFacts, manifest: ExitsManifest | None) -> dict[str, Any]:
+    """What a trace pins on top: all that replay needs to know where there are no weights. Raises `BadInput`."""
+    if spec.trace is None:
+        return {}
+    if manifest is None:
+        raise BadInput("exits: a trace needs some, and none are given; name a bundle in the field `exits`.")
+    return {
+        "trace": spec.trace,
+        "controller": manifest.controller is not None,
+        "shape": asdict(model_shape(facts, spec.dtype)),
+        "heads": head_parameters(facts, manifest),
+    }
 
 
 def metric_versions(names: Iterable[str] | None) -> dict[str, str]:
@@ -243,14 +293,15 @@ def _check_differ(loaded: list[Benchmark]) -> None:
 
 def planned_benchmark(benchmark: Benchmark) -> PlannedBenchmark:
     """The benchmark as the record keeps it."""
+    recorded = benchmark.recorded
     return PlannedBenchmark(
         name=benchmark.name,
         version=benchmark.version,
         content_hash=benchmark.content_hash,
         ends=benchmark.ends,
-        samples=[(one.name, one.prompt, one.reference, one.language, one.source_group) for one in benchmark.samples],
+        samples=[(one.name, one.prompt, one.reference, one.language, one.source_group) for one in recorded],
         left_out=benchmark.left_out,
-        tests=[one.test for one in benchmark.samples],
+        tests=[one.test for one in recorded],
     )
 
 

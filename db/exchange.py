@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from db.errors import BadInput
+from db.trace_parquet import CELL_FIELDS
 
 #: raised when what stands below changes
 FORMAT = 3
@@ -124,6 +125,15 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("drafted", pa.int64()),
             ("drafts_kept", pa.int64()),
             ("full_decode_ns", pa.int64()),
+        ]
+    ),
+    "traces": pa.schema(
+        [
+            ("run", pa.int32()),
+            ("sample", pa.int32()),
+            ("prompt_tokens", pa.int32()),
+            ("prompt_key", pa.int64()),
+            *CELL_FIELDS,
         ]
     ),
 }

@@ -95,9 +95,13 @@ def run_data(db: Database, run_id: int, *, revision: int | None = None) -> RunDa
     [one] = _runs(db, run_id, None)
     with db.read() as connection:
         same_job = [other for other in runs_of(connection, one.job_id) if other.benchmark_id == one.benchmark_id]
-        full = next((other for other in same_job if other.policy_kind == "full"), None)
         data = _run_data(connection, one, revision)
-        return data if full in (None, one) else replace(data, full=_run_data(connection, full, revision))
+
+        def reference(kind: str) -> RunData | None:
+            other = next((other for other in same_job if other.policy_kind == kind), None)
+            return None if other is None or other == one else _run_data(connection, other, revision)
+
+        return replace(data, full=reference("full"), original=reference("original"))
 
 
 def _run_data(connection: Connection, one: RunRow, revision: int | None) -> RunData:

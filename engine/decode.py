@@ -10,7 +10,6 @@ model's own layers as the draft, LayerSkip, Elhoushi et al. 2024).
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from engine.policies import CONTINUE, EXIT, STOP, Batch, Rule, View
 from engine.record import Decision, Finish, TokenRecords
 from engine.spec import PolicySpec
 from engine.stack import LayerStack
+from engine.text import prompt_key
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def first_logits(
     ids = torch.tensor([token for prompt in prompts for token in prompt], device=stack.device)
     positions = torch.tensor(span.flat[1], device=stack.device)
     states = stack.run(stack.embed(ids, positions), span, cache, 0, stack.n_layers)
-    keys = [crc32(np.array(prompt, np.int64).tobytes()) for prompt in prompts]
+    keys = [prompt_key(prompt) for prompt in prompts]
     return cache, lengths, stack.unembed(stack.norm(states[span.last])), keys
 
 
@@ -107,6 +107,7 @@ class Decoding:
         #: a row's stop that waits for its drafts to be verified: exit point and confidence
         self.stopping: dict[int, tuple[int, float]] = {}
         self.depth = stack.n_layers - len(rule.removed)  # layers that a token at full depth runs
+        self.recalls = rule.recalls and heads.controller is not None and heads.controller.recalls
         self.rule.begin(Batch(start.keys, new, stack.device))
         self._write(self.living, start.first, stack.n_layers, Decision.FULL)
 
@@ -151,6 +152,11 @@ class Decoding:
             return False
         return self.rule.may_leave(row, self.debts.waiting(row, step))
 
+    def _left_before(self, rows: list[int]) -> list[bool]:
+        """Of each row, whether its newest token left early; a draft did, whether it was kept yet or not."""
+        before = [self.at[row] - 1 for row in rows]
+        return list((self.decisions[rows, before] == Decision.EXIT) | (self.drafts[rows, before] > 0))
+
     def _exits_in_row(self, row: int) -> int:
         """How many of the row's newest tokens left early, one after another."""
         step = self.at[row]
@@ -193,13 +199,15 @@ class Decoding:
         if not asked:
             return rows, states
         everyone = len(asked) == len(rows)
+        of_view = [rows[place] for place in asked]
         view = View(
             self.heads,
             point,
-            [rows[place] for place in asked],
+            of_view,
             states if everyone else states[asked],
             [self.at[rows[place]] for place in asked],
             previous if everyone or previous is None else previous[asked],
+            self._left_before(of_view) if self.recalls else None,
         )
         verdict = self.rule.decide(view)
         if view.predicted:

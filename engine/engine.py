@@ -12,22 +12,26 @@ from torch import Tensor
 
 from engine import matrices
 from engine.architectures import build_stack, check_family
-from engine.cost import Machine, cost
+from engine.cost import Cost, Machine, Work, cost
 from engine.decode import Decoding, Ends, Prefill, prefill
+from engine.deltas import merge_deltas, read_deltas
 from engine.device import describe_device_class, find_device
 from engine.errors import BadInput, NumericalError, OutOfMemory
 from engine.exits import check_policy, check_weights, exits_hash, find_exits, read_manifest
 from engine.forced import Likelihood, likelihoods
 from engine.heads import Heads
 from engine.loading import load_model, load_tokenizer, resolve_model
+from engine.machine import measure_machine
 from engine.matrices import Matrix
 from engine.memory import memory_errors
 from engine.plans import remembered_plan
 from engine.policies import build_rule
 from engine.record import Completion, Decoded, Finish, TokenRecords
 from engine.spec import Compile, DType, PolicySpec, parse_policy
+from engine.stack import LayerStack
 from engine.stopwatch import Stopwatch
 from engine.text import Prompt, Text
+from engine.trace import TracedBatch, Tracing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +44,7 @@ class Prefilled:
     prompts: list[Prompt]
     start: Prefill
     prefill_ns: int  #: wall time, device synchronised
+    untuned: bool = False  #: by the model as it came, where the exits tune it
 
 
 class Engine:
@@ -80,7 +85,7 @@ class Engine:
             check_weights(self.manifest, self.facts)
         check_family(self.facts.family)
         with torch.inference_mode():
-            self.stack = build_stack(load_model(self.facts, dtype).to(self.device))
+            self.stack = self._load(None if self.manifest is None or not self.manifest.tunes else folder)
             self.heads = Heads(self.stack, "tied", (), {}) if folder is None else Heads.load(self.stack, folder)
         #: whether layers are compiled. `auto` does not: on the CPU it did not pay, and no GPU has measured it yet
         self.compiled = compile == "on"
@@ -90,6 +95,35 @@ class Engine:
         self._warm: set[PolicySpec] = set()
         self._kernels: dict[str, list[str]] | None = None
         self.text = Text(load_tokenizer(model), self.facts.end_tokens, self.stack.max_context)
+
+    def _load(self, tuning: Path | None) -> LayerStack:
+        """The model's layers, changed by the deltas of a bundle where one is given. Raises `BadInput`."""
+        model = load_model(self.facts, self.dtype)
+        if tuning is not None:
+            merge_deltas(model, read_deltas(tuning))
+        return build_stack(model.to(self.device))
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the exits change the model itself: then `original` is a second reference."""
+        return self.manifest is not None and self.manifest.tunes
+
+    @cached_property
+    def original(self) -> LayerStack:
+        """The model as it came. Where the exits tune it a second set of weights, loaded when it is first asked for."""
+        if not self.tunes:
+            return self.stack
+        with torch.inference_mode():
+            stack = self._load(None)
+            matrices.use_plans(stack.all_matrices(), self.kernels)
+        if self.compiled:
+            stack.compile()
+        return stack
+
+    @property
+    def tuned_weights_hash(self) -> str | None:
+        """Of the model as its exits tune it; None where they do not."""
+        return self.manifest.tuned_weights_hash if self.manifest else None
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -121,7 +155,7 @@ class Engine:
         """What this device reaches, measured once; a worker may set what others measured before it."""
         self._take_threads()
         with torch.inference_mode():
-            return Machine.measure(self.device, getattr(torch, self.dtype))
+            return measure_machine(self.device, getattr(torch, self.dtype))
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -150,6 +184,8 @@ class Engine:
     def kernels(self, plan: dict[str, list[str]]) -> None:
         with torch.inference_mode():
             matrices.use_plans(self.matrices, plan)
+            if "original" in vars(self) and self.tunes:
+                matrices.use_plans(self.original.all_matrices(), plan)
         self._kernels = plan
 
     def _take_threads(self) -> None:
@@ -167,14 +203,18 @@ class Engine:
 
     @memory_errors
     @torch.inference_mode()
-    def prefill(self, prompts: list[Prompt], room: int) -> Prefilled:
-        """Run the prompts once, leaving room for `room` new tokens each. Raises `OutOfMemory`."""
+    def prefill(self, prompts: list[Prompt], room: int, *, untuned: bool = False) -> Prefilled:
+        """Run the prompts once, leaving room for `room` new tokens each. Raises `OutOfMemory`.
+
+        untuned: for policies that run the model as it came, whose keys and values are others than a tuned model's.
+        """
         self._take_threads()
         allowed = self._allowed(prompts)
         _ = self.kernels  # chosen before the clock starts
+        stack = self.original if untuned else self.stack
         with Stopwatch(self.device) as watch:
-            start = prefill(self.stack, [prompt.token_ids for prompt in prompts], room, allowed)
-        return Prefilled(prompts, start, watch.ns)
+            start = prefill(stack, [prompt.token_ids for prompt in prompts], room, allowed)
+        return Prefilled(prompts, start, watch.ns, untuned)
 
     @memory_errors
     @torch.inference_mode()
@@ -184,6 +224,9 @@ class Engine:
         Raises `NumericalError`, `OutOfMemory`.
         """
         self._take_threads()
+        if policy.untuned != prefilled.untuned:
+            raise BadInput(f"policy {policy.kind!r} completes what its own weights have prefilled; see `prefill`.")
+        stack = self.original if policy.untuned else self.stack
         rule = build_rule(policy, self.exit_points, self.n_layers)
         longest, space = max(prefilled.start.prompts), prefilled.start.cache.n_positions
         if longest + max_new_tokens > space:
@@ -196,13 +239,13 @@ class Engine:
             [self.text.ends(prompt, token, ends_with_line) for prompt, token in first],
         )
         with Stopwatch(self.device) as watch:
-            decoding = Decoding(self.stack, self.heads, rule, policy, start, ends)
+            decoding = Decoding(stack, self.heads, rule, policy, start, ends)
             decoding.run()
         completions = [
             self._completion(prompt, record, finish)
             for prompt, record, finish in zip(prefilled.prompts, decoding.records, decoding.finishes, strict=True)
         ]
-        price = cost(decoding.work, self.stack, self.machine)
+        price = self.price(decoding.work)
         written = sum(completion.n_tokens - 1 for completion in completions)
         return Decoded(
             completions,
@@ -213,6 +256,22 @@ class Engine:
             drafted=decoding.drafted,
             drafts_kept=decoding.drafts_kept,
         )
+
+    @memory_errors
+    @torch.inference_mode()
+    def trace(self, prompts: list[Prompt], targets: list[list[int]]) -> TracedBatch:
+        """What every exit point, and full depth behind them, predicts for each token of the targets, teacher-forced.
+
+        targets: token ids, one at least for each prompt. Raises `NumericalError`, `OutOfMemory`.
+        """
+        self._take_threads()
+        _ = self.kernels  # chosen before the clock starts
+        ids = [prompt.token_ids for prompt in prompts]
+        return Tracing(self.stack, self.heads, ids, targets, self._allowed(prompts)).run()
+
+    def price(self, work: Work) -> Cost:
+        """What some work costs on this device at best."""
+        return cost(work, self.stack.shape, self.machine)
 
     def complete(
         self,
@@ -233,7 +292,7 @@ class Engine:
         encoded = self.encode(prompts, max_new_tokens, heal=ends_with_line)
         done: list[Completion] = []
         for first in range(0, len(encoded), batch_size):
-            batch = self.prefill(encoded[first : first + batch_size], max_new_tokens)
+            batch = self.prefill(encoded[first : first + batch_size], max_new_tokens, untuned=spec.untuned)
             decoded = self.decode(batch, spec, max_new_tokens=max_new_tokens, ends_with_line=ends_with_line)
             done.extend(decoded.completions)
         return done
@@ -284,11 +343,12 @@ class Engine:
         with Stopwatch(self.device) as watch:
             for batch in (prompts, prompts[:1]):
                 # What fails on these tokens may do on others; what fails on all is told where a sample ends.
-                with suppress(NumericalError, OutOfMemory):
-                    prefilled = self.prefill(batch, 4)
-                    for policy in cold:
-                        with suppress(NumericalError, OutOfMemory):
-                            self.decode(prefilled, policy, max_new_tokens=4, ends_with_line=True)
+                for untuned in sorted({policy.untuned for policy in cold}):
+                    with suppress(NumericalError, OutOfMemory):
+                        prefilled = self.prefill(batch, 4, untuned=untuned)
+                        for policy in (policy for policy in cold if policy.untuned == untuned):
+                            with suppress(NumericalError, OutOfMemory):
+                                self.decode(prefilled, policy, max_new_tokens=4, ends_with_line=True)
         if self.compiled:
             self.compile_ns += watch.ns
         self._warm |= cold

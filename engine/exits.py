@@ -1,20 +1,31 @@
 """An exit bundle on disk: a folder with `exits.json` and `exits.safetensors`. No torch here."""
 
 import hashlib
+import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from engine.errors import BadInput, WeightsMismatch
 from engine.loading import ModelFacts, cache_folder, write_whole
 from engine.registry import unknown
-from engine.spec import HeadKind, PolicySpec, Spec, first_complaint
+from engine.spec import ControllerKind, HeadKind, PolicySpec, Spec, first_complaint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHIPPED = Path(__file__).parent / "bundles"
 MANIFEST, TENSORS = "exits.json", "exits.safetensors"
+#: the tensor that a calibrated controller adds where the token before left early, [3]: see `engine.controllers`
+AFTER_EXIT = "controllers.after_exit"
 #: the name of the exits that every model brings along
 TIED = "tied"
+
+#: of a reliability diagram: mean probability that was said, share that was so, places
+Bin = tuple[float, float, int]
 
 
 class ExitsManifest(Spec):
@@ -32,11 +43,28 @@ class ExitsManifest(Spec):
     shortlist: int | None = Field(
         None, ge=1, description="tokens that a head may predict; the whole vocabulary when absent"
     )
-    controller: bool
+    controller: ControllerKind | None
+    tuned_weights_hash: str | None = Field(
+        None, description="of the model with the bundle's deltas; absent where they leave the model as it came"
+    )
     training: dict[str, Any] = {}
     corpus: list[dict[str, Any]] = []
     scores: dict[str, dict[str, float]] = Field({}, description="held-out, by exit point")
+    reliability: dict[str, dict[str, list[Bin]]] = Field(
+        {}, description="held-out, by exit point and class of the controller: what it said, what was so, how often"
+    )
     tensors_hash: str = Field(description="sha256 of exits.safetensors")
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the bundle changes the model itself: then there are two references."""
+        return self.tuned_weights_hash is not None
+
+    @field_validator("controller", mode="before")
+    @classmethod
+    def _first_there_was_one(cls, value: Any) -> Any:
+        """Bundles in the record of older jobs say whether they have one; it is SEC's."""
+        return ("sec" if value else None) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _points_rise(self) -> "ExitsManifest":
@@ -87,7 +115,7 @@ def tied_exits(model: ModelFacts) -> Path:
         vocab_size=model.vocab_size,
         exit_points=tuple(range(1, model.n_layers)),
         head="tied",
-        controller=False,
+        controller=None,
         tensors_hash=hashlib.sha256(empty).hexdigest(),
     )
     try:
@@ -127,6 +155,35 @@ def read_manifest(folder: Path) -> ExitsManifest:
     return manifest
 
 
+def write_bundle(out: Path, manifest: ExitsManifest, tensors: Mapping[str, "Tensor"]) -> ExitsManifest:
+    """Both files into a folder of their own, moved into place whole; gives the manifest with the tensors' hash.
+
+    out: absent or empty; nothing else is ever replaced. Raises `BadInput` where it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise BadInput(f"out: {out} cannot be written ({error.strerror}); give another folder.") from None
+    try:
+        made.chmod(0o755)  # mkdtemp makes it the owner's alone
+        save_file(dict(tensors), made / TENSORS)
+        (made / TENSORS).chmod(0o644)
+        digest = hashlib.sha256((made / TENSORS).read_bytes()).hexdigest()
+        manifest = manifest.model_copy(update={"tensors_hash": digest})
+        (made / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        made.replace(out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadInput(f"out: {out} cannot be written ({reason}); make room, or give another folder.") from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return manifest
+
+
 def exits_hash(folder: Path) -> str:
     """sha256 over both files of a bundle."""
     return hashlib.sha256((folder / MANIFEST).read_bytes() + (folder / TENSORS).read_bytes()).hexdigest()
@@ -143,11 +200,21 @@ def check_weights(manifest: ExitsManifest, model: ModelFacts) -> None:
 
 def check_policy(policy: PolicySpec, manifest: ExitsManifest | None, n_layers: int) -> None:
     """Whether these exits can serve this policy. Raises `BadInput`."""
+    if policy.needs == "tuning" and not (manifest and manifest.tunes):
+        raise BadInput(
+            f"policy {policy.kind!r} is the model without what its exits changed in it, and here they change nothing; "
+            "leave it out, or name a bundle with deltas in the field `exits`."
+        )
     if policy.needs != "nothing" and manifest is None:
         raise BadInput(f"policy {policy.kind!r} needs exits, and none are given; name a bundle in the field `exits`.")
     if policy.needs == "controller" and manifest is not None and not manifest.controller:
         raise BadInput(
             f"policy {policy.kind!r} needs a controller, and the exits of {manifest.model!r} have none; train one."
+        )
+    if policy.asks is not None and manifest is not None and manifest.controller != policy.asks:
+        raise BadInput(
+            f"policy {policy.kind!r} is about the controller {policy.asks!r}, and the exits of {manifest.model!r} "
+            f"have a {manifest.controller!r} one; use the policy 'controller'."
         )
     from engine.policies import build_rule
 

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from engine import controllers
+from engine.controllers import Controller
+from engine.deltas import PREFIX, check_deltas
 from engine.errors import BadInput
 from engine.exits import MANIFEST, TENSORS, ExitsManifest, read_manifest
 from engine.matrices import Matrix
-from engine.spec import HeadKind
+from engine.spec import ControllerKind, HeadKind
 from engine.stack import LayerStack
 
 
@@ -63,13 +66,20 @@ class Heads:
     frequent tokens only.
     """
 
-    def __init__(self, stack: LayerStack, kind: HeadKind, points: tuple[int, ...], tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        stack: LayerStack,
+        kind: HeadKind,
+        points: tuple[int, ...],
+        tensors: dict[str, Tensor],
+        controller: ControllerKind | None = None,
+    ) -> None:
         self.stack, self.kind, self.points = stack, kind, points
         tensors = {name: tensor.to(stack.unembedding) for name, tensor in tensors.items() if name != "shortlist"} | {
             name: tensor.to(stack.device, torch.long) for name, tensor in tensors.items() if name == "shortlist"
         }
         self.shortlist = tensors.get("shortlist")
-        self.controller = tensors.get("controller")  # [3, hidden]: continue, exit, stop
+        self.controller = None if controller is None else Controller(controller, points, tensors)
         self.unembedder = stack.unembedder
         if self.shortlist is not None and kind != "untied":  # those have matrices of their own
             self.unembedder = _shortened(stack, self.shortlist)
@@ -78,20 +88,16 @@ class Heads:
             for point in points
             if kind == "untied" and point < stack.n_layers
         }
-        self.tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".weight")}
+        self.tensors = {name: tensor for name, tensor in tensors.items() if name.endswith((".down", ".up"))}
 
     @classmethod
     def load(cls, stack: LayerStack, folder: Path) -> "Heads":
         """Read a bundle. Raises `BadInput` where its tensors are not those that its manifest promises."""
         manifest, tensors = read_manifest(folder), load_file(folder / TENSORS)
-        for name, shape in _promised(manifest).items():
-            if name not in tensors or tensors[name].shape != shape:
-                found = list(tensors[name].shape) if name in tensors else "missing"
-                raise BadInput(
-                    f"exits {folder}: tensor {name!r} is {found}, but {MANIFEST} promises {list(shape)}; "
-                    "train the bundle again."
-                )
-        return cls(stack, manifest.head, manifest.exit_points, tensors)
+        check_tensors(folder, manifest, tensors)
+        check_deltas(manifest, tensors)
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+        return cls(stack, manifest.head, manifest.exit_points, own, manifest.controller)
 
     @property
     def outputs(self) -> int:
@@ -126,16 +132,30 @@ class Heads:
             return full_depth(self.stack, states)
         return choose(self.logits(point, states), self.shortlist)
 
-    def judge(self, states: Tensor) -> Tensor:
-        """The controller's probabilities [states, 3] of continue, exit and stop, from raw states [states, hidden]."""
+    def judge(self, point: int, states: Tensor, left: Tensor | None = None) -> Tensor:
+        """The controller's probabilities [states, 3] of continue, exit and stop, from raw states [states, hidden].
+
+        left: [states] whether the token before each left early; None: none did.
+        """
         assert self.controller is not None
-        return F.linear(states, self.controller).float().softmax(dim=-1)
+        return self.controller(point, states, left)
 
 
 def _shortened(stack: LayerStack, shortlist: Tensor) -> Matrix:
     """The unembedding for the tokens of a shortlist."""
     bias = stack.unembedder.bias
     return Matrix(stack.unembedding[shortlist], None if bias is None else bias[shortlist])
+
+
+def check_tensors(folder: Path, manifest: ExitsManifest, tensors: dict[str, Tensor]) -> None:
+    """Whether a bundle's tensors are those that its manifest promises. Raises `BadInput`."""
+    for name, shape in _promised(manifest).items():
+        if name not in tensors or tensors[name].shape != shape:
+            found = list(tensors[name].shape) if name in tensors else "missing"
+            raise BadInput(
+                f"exits {folder}: tensor {name!r} is {found}, but {MANIFEST} promises {list(shape)}; "
+                "train the bundle again."
+            )
 
 
 def _promised(manifest: ExitsManifest) -> dict[str, tuple[int, ...]]:
@@ -151,7 +171,7 @@ def _promised(manifest: ExitsManifest) -> dict[str, tuple[int, ...]]:
     if manifest.shortlist:
         shapes["shortlist"] = (manifest.shortlist,)
     if manifest.controller:
-        shapes["controller"] = (3, hidden)
+        shapes |= controllers.promised(manifest.controller, manifest.exit_points, hidden)
     return shapes
 
 

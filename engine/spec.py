@@ -12,6 +12,9 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["float32", "bfloat16", "float16"]
 HeadKind = Literal["tied", "lens", "untied"]
 Compile = Literal["auto", "on", "off"]
+#: `sec`: one matrix for all exit points (Sun et al., ICSE 2024). `calibrated`: one an exit point, its probabilities
+#: those that were observed
+ControllerKind = Literal["sec", "calibrated"]
 
 
 class Spec(BaseModel):
@@ -27,7 +30,11 @@ class PolicySpec(Spec):
     #: "module:Class" of the decision rule, imported only where a model runs
     rule: ClassVar[str]
     #: what an exit bundle must have for this policy
-    needs: ClassVar[Literal["nothing", "heads", "controller"]] = "heads"
+    needs: ClassVar[Literal["nothing", "heads", "controller", "tuning"]] = "heads"
+    #: the kind of controller that it is about; None: whichever the bundle has
+    asks: ClassVar[ControllerKind | None] = None
+    #: whether it runs the model as it came, where the exits tune it
+    untuned: ClassVar[bool] = False
 
     name: str | None = Field(
         None, min_length=1, description="the run's name in reports; derived from the options when absent"
@@ -74,6 +81,15 @@ class Full(PolicySpec):
     kind = "full"
     rule = "engine.policies:FullDepth"
     needs = "nothing"
+
+
+class Original(PolicySpec):
+    """The model as it came, at full depth: the second reference, where exits tune the model. Jobs add it themselves."""
+
+    kind = "original"
+    rule = "engine.policies:FullDepth"
+    needs = "tuning"
+    untuned = True
 
 
 class Fixed(PolicySpec):
@@ -221,6 +237,7 @@ class Sec(Controller):
     """The paper's method: its controller, its thresholds, keys and values by `copy`."""
 
     kind = "sec"
+    asks = "sec"
 
     kv: Literal["copy"] = "copy"
 
@@ -232,6 +249,7 @@ policies: Registry[type[PolicySpec]] = Registry(
         spec.kind: spec
         for spec in (
             Full,
+            Original,
             Fixed,
             Confidence,
             Margin,

@@ -27,8 +27,8 @@ SMALL_TRAINING = {
 }
 
 
-def block(language: str, containing: str) -> str:
-    [found] = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in text]
+def block(language: str, containing: str, document: str = README) -> str:
+    [found] = [text for text in re.findall(rf"```{language}\n(.*?)```", document, re.DOTALL) if containing in text]
     return found
 
 
@@ -63,6 +63,18 @@ def test_the_readmes_commands_run_as_written(folder: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert "<html" in (folder / "report.html").read_text()
     assert (folder / "my-exits" / "exits.json").exists()
+
+
+@pytest.mark.timeout(600)
+def test_the_commands_of_traces_run_as_written(folder: Path) -> None:
+    document = (ROOT / "docs" / "traces.md").read_text()
+    own = environment(folder) | {"SHORTSTOP_DATABASE_URL": f"sqlite:///{folder / 'traces.db'}"}
+    for line in block("sh", "shortstop trace", document).splitlines():
+        command = line.split("#")[0].strip()
+        done = subprocess.run(command, shell=True, cwd=folder, env=own, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert "<!doctype html>" in (folder / "replay.html").read_text()
+    assert len((folder / "replay.csv").read_text().splitlines()) == 1 + 2 * 52
 
 
 @pytest.mark.timeout(600)

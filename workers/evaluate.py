@@ -9,16 +9,20 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from db.records import OutcomeRow, SampleRow, ScoreRow, ShardResults, TimingRow, TokenArrays
 from engine.errors import NumericalError, OutOfMemory
 from engine.memory import release
 from engine.record import Completion, Decoded, TokenRecords
 from engine.spec import PolicySpec
 from workers.benchmarks.ends import Ends, cut
+from workers.benchmarks.sample import text_hash
 from workers.scoring.metrics import score_text, score_tokens
 
 if TYPE_CHECKING:
     from engine.engine import Engine, Prefilled
+    from engine.text import Prompt
 
 #: what a sample ends with under a policy: a completion, or a sentence that says why there is none
 Ending = Completion | str
@@ -57,6 +61,7 @@ class Evaluation:
     timed: bool  #: whether the worker is alone on its device
     #: called before each step that takes long; raises to give the batch up
     proceed: Callable[[], None] = lambda: None
+    store_text: bool = True  #: whether the record may have what was written, or its hash alone
 
     def together(self, batch: int, samples: Sequence[SampleRow]) -> ShardResults:
         """Evaluate a batch; in pieces where that fails: alone where the model does, halved where memory is too small.
@@ -141,32 +146,39 @@ class Evaluation:
         prompts = self.engine.encode(
             [sample.prompt for sample in samples], self.max_new_tokens, heal=self.ends != "text"
         )
-        prefilled = self.engine.prefill(prompts, self.max_new_tokens)
+        prefilled = self._prefill(prompts)
         decoded = {}
         for run in self.order(batch):
             self.proceed()
-            decoded[run.id] = (prefilled.prefill_ns, self._decode(prefilled, run))
+            mine = prefilled[run.policy.untuned]
+            decoded[run.id] = (mine.prefill_ns, self._decode(mine, run))
         return decoded
+
+    def _prefill(self, prompts: "list[Prompt]") -> "dict[bool, Prefilled]":
+        """Once for each weight set that a run needs, by `untuned`. Raises `NumericalError`, `OutOfMemory`."""
+        sets = sorted({run.policy.untuned for run in self.runs})
+        return {untuned: self.engine.prefill(prompts, self.max_new_tokens, untuned=untuned) for untuned in sets}
 
     def _decode_alone(self, sample: SampleRow, parts: Parts) -> dict[int, list[Ending]]:
         """How one sample ends under each run; what was decoded for it is added to `parts`."""
         self.proceed()
         prompts = self.engine.encode([sample.prompt], self.max_new_tokens, heal=self.ends != "text")
         try:
-            prefilled = self.engine.prefill(prompts, self.max_new_tokens)
+            prefilled = self._prefill(prompts)
         except (NumericalError, OutOfMemory) as error:
-            return self._all_end(_reason(error))
+            return self._all_end(reason_of(error))
         endings: dict[int, list[Ending]] = {}
         for run in self.runs:
             self.proceed()
             try:
-                decoded = self._decode(prefilled, run)
+                mine = prefilled[run.policy.untuned]
+                decoded = self._decode(mine, run)
             except (NumericalError, OutOfMemory) as error:
-                endings[run.id] = [_reason(error)]
+                endings[run.id] = [reason_of(error)]
                 release(self.engine.device)
             else:
                 endings[run.id] = [*decoded.completions]
-                parts[run.id].append((prefilled.prefill_ns, decoded))
+                parts[run.id].append((mine.prefill_ns, decoded))
         return endings
 
     def _decode(self, prefilled: "Prefilled", run: Run) -> Decoded:
@@ -217,7 +229,8 @@ class Evaluation:
         for run in self.missing:
             for sample, written, reference in zip(samples, endings[run.id], full, strict=True):
                 ending = self._up_to_its_end(sample, written)
-                outcomes.append(_outcome(run, sample, ending, isolated))
+                outcome = _outcome(run, sample, ending, isolated)
+                outcomes.append(outcome if self.store_text else _withheld(outcome, sample))
                 if isinstance(ending, Completion):
                     scores += self._scores(run, sample, ending, reference)
         return ShardResults(outcomes, scores, timings)
@@ -241,10 +254,11 @@ def joined(parts: Sequence[ShardResults]) -> ShardResults:
         outcomes=[row for part in parts for row in part.outcomes],
         scores=[row for part in parts for row in part.scores],
         timings=[row for part in parts for row in part.timings],
+        traces=[row for part in parts for row in part.traces],
     )
 
 
-def _reason(error: NumericalError | OutOfMemory) -> str:
+def reason_of(error: NumericalError | OutOfMemory) -> str:
     """Why a sample that was done alone has no completion."""
     return f"done alone, this sample ran {error}" if isinstance(error, OutOfMemory) else str(error)
 
@@ -267,6 +281,18 @@ def _outcome(run: Run, sample: SampleRow, ending: Ending, isolated: bool) -> Out
         shown=not (ending.stopped and run.policy.on_stop == "suppress"),
         tokens=_arrays(ending.records),
         isolated=isolated,
+    )
+
+
+def _withheld(outcome: OutcomeRow, sample: SampleRow) -> OutcomeRow:
+    """The outcome without its text: the hash of it, and no token's id, for these would spell it out."""
+    if outcome.text is None or outcome.tokens is None:
+        return outcome
+    nothing = np.full_like(outcome.tokens.token_ids, -1)
+    return replace(
+        outcome,
+        text=text_hash(sample.prompt, outcome.text),
+        tokens=replace(outcome.tokens, token_ids=nothing),
     )
 
 

@@ -2,13 +2,14 @@
 
 import hashlib
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from socket import gethostname
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 from filelock import FileLock
@@ -28,6 +29,8 @@ from workers.context import at_work
 from workers.evaluate import Evaluation, Run, joined
 from workers.holding import Holding, claim_shard_patiently, patiently
 from workers.pinned import EngineKey, Pinned
+from workers.rereading import Texts
+from workers.tracing import TraceEvaluation
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -49,6 +52,14 @@ class Unfit(Exception):
     """
 
 
+class GpuMemory(NamedTuple):
+    """Memory of one GPU, in bytes; that of other processes is in it."""
+
+    gpu: str  #: its UUID: processes number GPUs each in their own way
+    used: int
+    total: int
+
+
 @dataclass(frozen=True)
 class Pulse:
     """What a worker says of itself."""
@@ -60,6 +71,7 @@ class Pulse:
     job_id: int | None = None  #: whose shard it is
     done: int = 0  #: shards committed
     still_seconds: float = 0.0  #: since the work in hand last moved on by a policy or a batch
+    gpus: Sequence[GpuMemory] = ()  #: that it computes on
 
 
 class Worker:
@@ -87,6 +99,7 @@ class Worker:
         self._draining = threading.Event()
         self._forgotten: set[int] = set()
         self._engines = EngineShelf(db, self.cache)
+        self._texts = Texts()
         self._noted: set[tuple[int, str]] = set()  #: job and device class whose kernels are noted
         self._unfinished: set[int] = set()  #: jobs of which shards were committed, and which may have ended with them
         self._lease: Lease | None = None
@@ -136,11 +149,19 @@ class Worker:
         self._forgotten.difference_update(job_ids)
 
     def pulse(self) -> Pulse:
-        lease = self._lease
+        lease, gpus = self._lease, self.gpus()
         if lease is None:
-            return Pulse(self.name, os.getpid(), done=self._done)
+            return Pulse(self.name, os.getpid(), done=self._done, gpus=gpus)
         still = time.monotonic() - self._moved
-        return Pulse(self.name, os.getpid(), lease.task_id, self._batch, lease.job_id, self._done, still)
+        return Pulse(self.name, os.getpid(), lease.task_id, self._batch, lease.job_id, self._done, still, gpus)
+
+    def gpus(self) -> Sequence[GpuMemory]:
+        """Memory of the GPUs that it computes on."""
+        if "torch" not in sys.modules:  # nothing is loaded yet, and a pulse is no reason to
+            return ()
+        from engine.device import gpu_memory
+
+        return [GpuMemory(*one) for one in gpu_memory()]
 
     def _ended(self, job_id: int) -> bool:
         if jobs.finished(self.db, job_id):
@@ -193,6 +214,7 @@ class Worker:
                 raise Drained
 
         proceed()
+        shard = self._with_texts(shard)
         evaluation = self.evaluation(shard, proceed)
         for batch in range(lease.first_batch, lease.end_batch):
             self._batch = batch
@@ -211,7 +233,15 @@ class Worker:
             if holding.hungry:
                 return
 
-    def evaluation(self, shard: ClaimedShard, proceed: Callable[[], None]) -> Evaluation:
+    def _with_texts(self, shard: ClaimedShard) -> ClaimedShard:
+        """The shard with the texts of its samples, also where the record has none. Raises `Unfit`."""
+        try:
+            pinned = Pinned.model_validate(shard.pinned)
+            return replace(shard, samples=self._texts.restored(shard.samples, shard.benchmark.content_hash, pinned))
+        except BadInput as error:
+            raise Unfit(str(error)) from error
+
+    def evaluation(self, shard: ClaimedShard, proceed: Callable[[], None]) -> Evaluation | TraceEvaluation:
         """How the batches of the shard are evaluated. Raises `Unfit`."""
         pinned = Pinned.model_validate(shard.pinned)
         try:
@@ -219,6 +249,13 @@ class Worker:
         except BadInput as error:
             raise Unfit(str(error)) from error
         self._note_kernels(shard.lease.job_id, engine)
+        # Figures of another device class are never mixed with the job's own.
+        timed = self.timed and engine.device_class == pinned.device_class
+        ends = parse_ends(shard.benchmark.ends)
+        if pinned.trace is not None:
+            [run] = shard.runs
+            engine.warm_up()
+            return TraceEvaluation(engine, run.id, pinned.trace, ends, pinned.max_new_tokens, timed, proceed)
         runs = _runs(shard)
         compiled_ns = engine.compile_ns
         engine.warm_up([run.policy for run in runs])
@@ -228,13 +265,13 @@ class Worker:
             engine=engine,
             runs=runs,
             content_hash=shard.benchmark.content_hash,
-            ends=parse_ends(shard.benchmark.ends),
+            ends=ends,
             max_new_tokens=pinned.max_new_tokens,
             metrics=pinned.metrics,
             seed=pinned.seed,
-            # Figures of another device class are never mixed with the job's own.
-            timed=self.timed and engine.device_class == pinned.device_class,
+            timed=timed,
             proceed=proceed,
+            store_text=shard.benchmark.content_hash not in pinned.withheld,
         )
 
     def _note_kernels(self, job_id: int, engine: "Engine") -> None:

@@ -48,6 +48,13 @@ class Submitted:
 
 
 @dataclass(frozen=True)
+class Before:
+    """A job that found what a spec's would find."""
+
+    job: int | None  #: null where something changed
+
+
+@dataclass(frozen=True)
 class JobPage:
     """A page of the list of jobs, newest first."""
 
@@ -97,6 +104,21 @@ async def validate(caller: Submitter, body: JsonBody, state: Shared) -> Response
         return state.service(caller.name).validate(state.allowed.checked(parse_job(body)))
 
     return await told(check, limiter=state.readers)
+
+
+@router.post(
+    "/v1/done-before",
+    response_model=Before,
+    responses=described("too-large", "wrong-media-type"),
+    openapi_extra=examples.body("JobSpec", examples.JOB),
+)
+async def done_before(caller: Submitter, body: JsonBody, state: Shared) -> Response:
+    """The finished job that found what this spec's would find: for a script that runs only what changed."""
+
+    def look() -> Before:
+        return Before(state.service(caller.name).done_before(state.allowed.checked(parse_job(body))))
+
+    return await told(look, limiter=state.readers)
 
 
 @router.get("/v1/jobs", response_model=JobPage, responses=described())

@@ -1,7 +1,7 @@
 """The command line `shortstop`. Nothing heavy is imported before a command needs it.
 
 Exit codes: 0 done, 1 failed, 2 bad input (one sentence on standard error, nothing changed), 130 interrupted;
-3, inconclusive, belongs to the gates.
+of a gate 0 pass, 1 fail, 3 inconclusive.
 """
 
 from typing import Annotated, Any
@@ -14,7 +14,9 @@ import db.errors
 import engine.errors
 from cluster.cli import (
     catalogue,
+    comparing,
     exchange,
+    exits,
     finished,
     fleet,
     jobs,
@@ -22,8 +24,10 @@ from cluster.cli import (
     machine,
     neighbours,
     query,
+    schedules,
     serve,
     status,
+    traces,
     training,
 )
 from cluster.cli.output import note
@@ -88,6 +92,8 @@ for command in (
     fleet.work,
     finished.add_policy,
     finished.rescore,
+    comparing.compare,
+    comparing.gate,
     query.query,
     exchange.export_job,
     exchange.import_job,
@@ -95,6 +101,8 @@ for command in (
     catalogue.models,
     catalogue.policies,
     training.train,
+    traces.trace,
+    traces.replay,
     serve.serve,
     machine.doctor,
 ):
@@ -116,7 +124,30 @@ benchmarks = typer.Typer(
 )
 benchmarks.callback()(catalogue.benchmarks)
 benchmarks.command()(catalogue.show)
+benchmarks.command()(catalogue.overlap)
 app.add_typer(benchmarks, name="benchmarks")
+
+recurring = typer.Typer(help="Look after jobs that recur.", no_args_is_help=True)
+recurring.command()(schedules.add)
+recurring.command("list")(schedules.list_schedules)
+recurring.command()(schedules.show)
+recurring.command()(schedules.pause)
+recurring.command()(schedules.resume)
+recurring.command()(schedules.remove)
+recurring.command()(schedules.trigger)
+recurring.command()(schedules.resend)
+recurring.command()(schedules.tick)
+recurring.command()(schedules.run)
+app.add_typer(recurring, name="schedule")
+
+bundles = typer.Typer(
+    help="Exit bundles: look at them, check them, take those of other projects.", no_args_is_help=True
+)
+bundles.command("list")(exits.list_exits)
+bundles.command()(exits.show)
+bundles.command()(exits.verify)
+bundles.command("import")(exits.import_exits)
+app.add_typer(bundles, name="exits")
 
 label = typer.Typer(help="Let people judge completions.", no_args_is_help=True)
 label.command()(labels.export)

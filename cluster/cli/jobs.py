@@ -9,6 +9,7 @@ from cluster.cli.options import (
     DatabaseUrl,
     GpusPerWorker,
     HtmlFile,
+    IfChanged,
     Inline,
     JobId,
     JsonFlag,
@@ -21,8 +22,10 @@ from cluster.cli.options import (
 )
 from cluster.cli.output import note, print_json, print_table
 from cluster.cli.start import service, writable
+from engine.errors import BadInput
 
 if TYPE_CHECKING:
+    from cluster.prepare import Validation
     from cluster.service import Service
     from db.listing import JobSummary
     from db.records import DeadTask, JobRow, JobState
@@ -36,6 +39,7 @@ def run(
     ray_address: RayAddress = None,
     gpus_per_worker: GpusPerWorker = None,
     html: HtmlFile = None,
+    if_changed: IfChanged = False,
     database: DatabaseUrl = None,
     server: ServerUrl = None,
     as_json: JsonFlag = False,
@@ -47,6 +51,11 @@ def run(
     with service(database, workers, server, ray_address, gpus_per_worker, inline=inline) as shortstop:
         asked, folder = read_job(spec, overrides or []), spec_folder(spec)
         shortstop.validate(asked, folder)  # before there is a job, or a database
+        before = shortstop.done_before(asked, folder) if if_changed else None
+        if before is not None:
+            note(f"job {before}: nothing changed since; this is its report")
+            print_job_report(shortstop, before, page, as_json)
+            return
         job_id = shortstop.submit(asked, folder)
         note(f"job {job_id}: submitted")
         see_through(shortstop, job_id, inline, database, server, page, as_json)
@@ -111,11 +120,17 @@ def cancel(job: JobId, database: DatabaseUrl = None, server: ServerUrl = None, a
         _answer(row, taken_back if row.state == "done" else "cancelled", as_json)
 
 
-def validate(spec: SpecFile, overrides: Overrides = None, server: ServerUrl = None, as_json: JsonFlag = False) -> None:
-    """Check a spec and say what its job would do."""
+def validate(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    database: DatabaseUrl = None,
+    server: ServerUrl = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check a spec and say what its job would do, and how long that would take."""
     from cluster.spec import read_job
 
-    with service(server=server) as shortstop:
+    with service(database, server=server) as shortstop:
         asked = read_job(spec, overrides or [])
         found = shortstop.validate(asked, spec_folder(spec))
     if as_json:
@@ -129,6 +144,16 @@ def validate(spec: SpecFile, overrides: Overrides = None, server: ServerUrl = No
         columns,
         [(row.name, row.version, row.samples, row.batches, row.shards, len(row.left_out)) for row in found.benchmarks],
     )
+    print(f"\n{_estimate(found)}")
+
+
+def _estimate(found: "Validation") -> str:
+    from cluster.reports.formats import duration
+
+    if found.estimate is None:
+        return "how long it takes is not known: the model has not been timed on this device class"
+    earlier = "1 earlier job" if found.estimate.jobs == 1 else f"{found.estimate.jobs} earlier jobs"
+    return f"about {duration(found.estimate.seconds)} of work, going by {earlier}; workers share it"
 
 
 def list_jobs(database: DatabaseUrl = None, server: ServerUrl = None, as_json: JsonFlag = False) -> None:
@@ -186,7 +211,14 @@ def report(
     """The report of a job, finished or under way."""
     page = writable(html)
     with service(database, server=server) as shortstop:
+        check_reported(shortstop.job(job).job)
         print_job_report(shortstop, job, page, as_json)
+
+
+def check_reported(row: "JobRow") -> None:
+    """Whether a job has completions to report. Raises `BadInput`."""
+    if row.spec.get("trace") is not None:
+        raise BadInput(f"job {row.id} is a trace, which ran no policy; ask it with `shortstop replay {row.id}`.")
 
 
 def _answer(row: "JobRow", sentence: str, as_json: bool) -> None:
@@ -229,7 +261,12 @@ def see_through(
         option = f" --database {database}" if database else f" --server {server}" if server else ""
         note(f"job {job_id}: interrupted; go on with `shortstop resume {job_id}{option}`")
         raise typer.Exit(130) from None
-    print_job_report(shortstop, job_id, page, as_json)
+    if shortstop.job(job_id).job.spec.get("trace") is None:
+        print_job_report(shortstop, job_id, page, as_json)
+    elif as_json:
+        print_json(shortstop.job(job_id).job)
+    else:
+        print(f"job {job_id}: traced; ask it with `shortstop replay {job_id}`")
     _end(shortstop, job_id, state)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from cluster.reports.examples import Decode, pick_examples
 from cluster.reports.labels import Labels, labels_of
 from cluster.reports.model import BenchmarkReport, Estimate, JobReport, RunReport, RunSummary
+from cluster.reports.overlap import overlap_of
 from db import devices, jobs
 from db.records import JobRow, Rollup, RunRow
 from db.rollups import rollups_of_job
@@ -69,6 +70,7 @@ def _benchmark(
 ) -> BenchmarkReport:
     found = jobs.benchmark(db, runs[0].benchmark_id)
     summaries = _summaries(runs, sums, pinned.get("n_layers"))
+    texts_kept = found.content_hash not in pinned.get("withheld", {})
     reports = [
         RunReport(
             run_id=run.id,
@@ -87,8 +89,10 @@ def _benchmark(
         content_hash=found.content_hash,
         samples=found.n_samples,
         left_out=list(found.left_out),
+        texts_kept=texts_kept,
+        overlap=overlap_of(db, found, reports, ended=not sums),
         runs=reports,
-        examples=pick_examples(db, reports, room, decode) if room else [],
+        examples=pick_examples(db, reports, room, decode) if room and texts_kept else [],
         judges=labels.judges.get(runs[0].benchmark_id),
     )
 

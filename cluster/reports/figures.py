@@ -49,11 +49,13 @@ def scatter(benchmark: BenchmarkReport, per: Per) -> Figure | None:
     full = baseline.summary.metric("rouge_l")
     traces = [
         _points([baseline], lambda _: Estimate(value=1.0), "full depth", "--full", "diamond") | {"mode": "markers"},
+        _points(_originals(benchmark, speedup), speedup, "as it came", "--full", "diamond-open") | {"mode": "markers"},
         _points([run for run in placed if not _below_one(run, speedup)], speedup, "faster", "--faster", "circle"),
         _points([run for run in placed if _below_one(run, speedup)], speedup, "slowdown", "--slower", "square"),
     ]
-    speeds = _padded([1.0, *_ends(speedup(run.summary) for run in placed)])
-    quality = _padded(_ends([full, *(run.summary.metric("rouge_l") for run in placed)]))
+    shown = [*placed, *_originals(benchmark, speedup)]
+    speeds = _padded([1.0, *_ends(speedup(run.summary) for run in shown)])
+    quality = _padded(_ends([full, *(run.summary.metric("rouge_l") for run in shown)]))
     return {
         "data": [_front([baseline, *placed], speedup), *(trace for trace in traces if trace["x"])],
         "layout": layout(height=sorted([*SCATTER_HEIGHT, _histogram_height(benchmark.runs)])[1])
@@ -63,7 +65,7 @@ def scatter(benchmark: BenchmarkReport, per: Per) -> Figure | None:
             "showlegend": False,
             "xaxis": axis(f"Speedup per {per}") | {"range": speeds, "ticksuffix": "×", "nticks": 7},
             "yaxis": axis("ROUGE-L") | {"range": quality, "nticks": 6},
-            "shapes": [_slow_side(speeds), _line("x", 1.0), _line("y", full.value or 0)],
+            "shapes": [_slow_side(speeds), line_at("x", 1.0), line_at("y", full.value or 0)],
             "annotations": [
                 _side("← slower", 1.0, "right"),
                 _side("faster →", 1.0, "left"),
@@ -195,7 +197,8 @@ def _slow_side(speeds: list[float]) -> Figure:
     return place | {"type": "rect", "fillcolor": "var(--slow-side)", "line": {"width": 0}, "layer": "below"}
 
 
-def _line(axis: Literal["x", "y"], at: float) -> Figure:
+def line_at(axis: Literal["x", "y"], at: float | str) -> Figure:
+    """A dotted line across the chart."""
     along = {"x": "y", "y": "x"}[axis]
     place = {f"{axis}0": at, f"{axis}1": at, f"{along}0": 0, f"{along}1": 1, f"{axis}ref": axis, f"{along}ref": "paper"}
     return place | {"type": "line", "line": {"color": "var(--full)", "width": 1, "dash": "dot"}, "layer": "below"}
@@ -204,6 +207,11 @@ def _line(axis: Literal["x", "y"], at: float) -> Figure:
 def _side(text: str, x: float, anchor: Literal["left", "right"]) -> Figure:
     place = {"x": x, "y": 1, "yref": "paper", "xanchor": anchor, "yanchor": "bottom"}
     return _note(text) | place | {"xshift": 6 if anchor == "left" else -6}
+
+
+def _originals(benchmark: BenchmarkReport, speedup: Callable[[RunSummary], Estimate]) -> list[RunReport]:
+    """The second reference, where there is one and it was timed."""
+    return [run for run in (benchmark.original,) if run is not None and _is_placed(run, speedup)]
 
 
 def _full_depth_name(baseline: RunReport, y: float) -> Figure:

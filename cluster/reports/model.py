@@ -54,6 +54,7 @@ class RunSummary(Part):
     drafts_kept_share: float | None = None  #: of all drafts, 0..1; None where there were none
     metrics: dict[str, Estimate] = {}
     change: dict[str, Estimate] = {}  #: against full depth on the same samples; `rouge_l_relative` is a share
+    change_from_original: dict[str, Estimate] = {}  #: the same against the model as it came, where the exits tune it
     exit_histogram: dict[str, int] = {}  #: exit layer -> tokens
     stop_histogram: dict[str, int] = {}  #: exit layer -> stops
     decisions: dict[DecisionName, int] = {}
@@ -63,6 +64,9 @@ class RunSummary(Part):
 
     def changed(self, name: str) -> Estimate:
         return self.change.get(name, Estimate())
+
+    def changed_from_original(self, name: str) -> Estimate:
+        return self.change_from_original.get(name, Estimate())
 
 
 class RunLabels(Part):
@@ -149,6 +153,24 @@ class Example(Part):
     completions: list[ExampleCompletion]
 
 
+class Apart(Part):
+    """One policy's scores on the samples that stand in a corpus, and on the others."""
+
+    mark: str
+    policy: str
+    flagged: dict[str, Estimate]  #: by metric
+    others: dict[str, Estimate]
+
+
+class Overlapping(Part):
+    """What is known of a benchmark's overlap with corpora."""
+
+    corpora: list[str]  #: in which it was looked for
+    judged: int  #: samples of which something can be said: those with twelve tokens
+    flagged: int  #: samples that stand in any of the corpora, in part
+    runs: list[Apart]  #: none while the job is under way, or where no sample is flagged
+
+
 class BenchmarkReport(Part):
     """One benchmark under all policies of the job."""
 
@@ -157,6 +179,8 @@ class BenchmarkReport(Part):
     content_hash: str
     samples: int
     left_out: list[str]  #: a sentence for each input that was passed over
+    texts_kept: bool = True  #: False: the record has hashes for prompts, references and completions
+    overlap: Overlapping | None = None  #: None: nobody has looked
     runs: list[RunReport]
     examples: list[Example]
     judges: Judges | None = None  #: None where nobody judged
@@ -168,8 +192,13 @@ class BenchmarkReport(Part):
 
     @property
     def challengers(self) -> list[RunReport]:
-        """All runs but the baseline."""
-        return [run for run in self.runs if run is not self.baseline]
+        """All runs but the references."""
+        return [run for run in self.runs if run not in (self.baseline, self.original)]
+
+    @property
+    def original(self) -> RunReport | None:
+        """The model as it came, where the exits tune it: the second reference."""
+        return next((run for run in self.runs if run.kind == "original"), None)
 
     @property
     def drafting(self) -> list[RunReport]:
@@ -202,7 +231,9 @@ class JobReport(Part):
         return [run for benchmark in self.benchmarks for run in benchmark.runs]
 
     def table(self) -> "pd.DataFrame":
-        """A row a run; intervals in `<name>_low` and `<name>_high`, changes against full depth in `change_<metric>`."""
+        """A row a run; intervals in `<name>_low` and `<name>_high`, changes against full depth in `change_<metric>`,
+        against the model as it came in `change_from_original_<metric>`.
+        """
         import pandas as pd
 
         return pd.DataFrame(_row(benchmark.name, run) for benchmark in self.benchmarks for run in benchmark.runs)
@@ -219,6 +250,7 @@ def _row(benchmark: str, run: RunReport) -> dict[str, Any]:
     row |= {name: value for name, value in summary if not isinstance(value, Estimate | dict)}
     estimates = {name: value for name, value in summary if isinstance(value, Estimate)} | summary.metrics
     estimates |= {f"change_{name}": estimate for name, estimate in summary.change.items()}
+    estimates |= {f"change_from_original_{name}": one for name, one in summary.change_from_original.items()}
     if run.labels is not None:
         estimates |= {name: value for name, value in run.labels if isinstance(value, Estimate)}
         row["judged"] = run.labels.judged

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.reports.formats import count, percent, signed, signed_interval, times, times_interval
-from cluster.reports.model import BenchmarkReport, JobReport, RunReport
+from cluster.reports.model import BenchmarkReport, Estimate, JobReport, RunReport
 
 PROXY = (
     "Accepted is an offline proxy: the share of completions whose first line equals the reference's. Nobody was asked."
@@ -12,6 +12,10 @@ PROXY = (
 PROXY_AND_JUDGES = (
     "Accepted is an offline proxy: the share of completions whose first line equals the reference's. The acceptance "
     "rate beside it is what judges said."
+)
+
+TEXTS_WITHHELD = (
+    "The record keeps no text of this benchmark: prompts, references and completions are hashes, tokens have no ids."
 )
 
 
@@ -43,12 +47,15 @@ def benchmark_notes(benchmark: BenchmarkReport) -> list[Note]:
         _isolated(benchmark),
         _untimed(benchmark),
     ]
+    cautions.append(_overlap(benchmark))
     proxy = PROXY if benchmark.judges is None else PROXY_AND_JUDGES
     remarks = [
         _imported(benchmark),
+        _references(benchmark),
         _added(benchmark),
         _cut_prompts(benchmark),
         _hidden(benchmark),
+        _texts(benchmark),
         proxy,
         _judges(benchmark),
     ]
@@ -130,6 +137,24 @@ def _untimed(benchmark: BenchmarkReport) -> str | None:
     return f"{_plural(most, 'batch was', 'batches were')} not timed under a policy and left out of its speedups."
 
 
+def _references(benchmark: BenchmarkReport) -> str | None:
+    """What tuning cost or gained, where the exits tune the model."""
+    if benchmark.original is None or benchmark.baseline is None:
+        return None
+    change = benchmark.baseline.summary.changed_from_original("rouge_l_relative")
+    by = ""
+    if change.value is not None:
+        by = f", whose ROUGE-L is {percent(change.value)} away from it{_brackets(_percents(change))}"
+    return (
+        f"The exits tune the model, so there are two references: {benchmark.original.policy} is the model as it came, "
+        f"{benchmark.baseline.policy} the tuned one at full depth{by}. Speedups are against the tuned one."
+    )
+
+
+def _percents(change: Estimate) -> str:
+    return "" if change.low is None else f"{percent(change.low)} to {percent(change.high)}"
+
+
 def _imported(benchmark: BenchmarkReport) -> str | None:
     imported = [run.policy for run in benchmark.runs if run.is_imported]
     if not imported:
@@ -151,6 +176,21 @@ def _cut_prompts(benchmark: BenchmarkReport) -> str | None:
     if not most:
         return None
     return f"{_plural(most, 'prompt was', 'prompts were')} cut from the left to fit the model's context."
+
+
+def _overlap(benchmark: BenchmarkReport) -> str | None:
+    found = benchmark.overlap
+    if found is None:
+        return None
+    where = _listed(found.corpora)
+    if not found.flagged:
+        return f"None of its samples stands in {where}, by runs of twelve tokens."
+    share = f"{count(found.flagged)} of {count(benchmark.samples)} samples"
+    return f"{share} stand in {where} in part, by runs of twelve tokens; their scores are shown apart."
+
+
+def _texts(benchmark: BenchmarkReport) -> str | None:
+    return None if benchmark.texts_kept else TEXTS_WITHHELD
 
 
 def _left_out(benchmark: BenchmarkReport) -> list[Note]:

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.reports import formats
-from cluster.reports.model import BenchmarkReport, Estimate, JobReport, RunReport, RunSummary, is_slowdown
+from cluster.reports.model import BenchmarkReport, Estimate, JobReport, Overlapping, RunReport, RunSummary, is_slowdown
 from cluster.reports.notes import Note, benchmark_notes, headline, job_notes
 
 #: columns where the output is no terminal, so that a piped report reads the same everywhere
@@ -46,6 +46,7 @@ def _benchmark(benchmark: BenchmarkReport) -> list[RenderableType]:
     lines += [_speed_table(benchmark), _quality_table(benchmark)]
     lines += [_labels_table(benchmark)] if benchmark.judges is not None else []
     lines += [_drafts_table(benchmark)] if benchmark.drafting else []
+    lines += [_overlap_table(benchmark.overlap)] if benchmark.overlap and benchmark.overlap.runs else []
     return [*lines, *map(_note, benchmark_notes(benchmark))]
 
 
@@ -76,20 +77,35 @@ def _quality_table(benchmark: BenchmarkReport) -> Table:
     for column in ("Samples", "Tokens", "Stops", "ROUGE-L"):
         table.add_column(column, justify="right")
     table.add_column("ROUGE-L\nchange", justify="right", min_width=len("−0.000 to +0.000"))
+    if benchmark.original:
+        table.add_column("from the\noriginal", justify="right", min_width=len("−0.000 to +0.000"))
     for column in ("EM", "ES", "Accepted\n(proxy)"):
         table.add_column(column, justify="right")
     for run in benchmark.runs:
         summary, is_baseline, change = run.summary, run is benchmark.baseline, run.summary.changed("rouge_l")
-        changed = _two_lines(formats.signed(change.value), formats.signed_interval(change))
+        changed = _change(change)
+        original = [_from_original(run, benchmark)] if benchmark.original else []
         table.add_row(
             _policy(run),
             formats.count(summary.samples),
             *(formats.ABSENT if run.is_imported else formats.count(n) for n in (summary.tokens, summary.stops)),
             formats.score(summary.metric("rouge_l").value),
             "baseline" if is_baseline else changed,
+            *original,
             *(formats.score(summary.metric(name).value) for name in ("em", "es", "accepted")),
         )
     return table
+
+
+def _change(change: Estimate) -> Text:
+    return _two_lines(formats.signed(change.value), formats.signed_interval(change))
+
+
+def _from_original(run: RunReport, benchmark: BenchmarkReport) -> Text | str:
+    """ROUGE-L against the model as it came."""
+    if run is benchmark.original:
+        return "reference"
+    return _change(run.summary.changed_from_original("rouge_l"))
 
 
 def _labels_table(benchmark: BenchmarkReport) -> Table:
@@ -121,6 +137,23 @@ def _drafts_table(benchmark: BenchmarkReport) -> Table:
     for run in benchmark.drafting:
         drafted, kept, share = run.summary.drafted, run.summary.drafts_kept, run.summary.drafts_kept_share
         table.add_row(_policy(run), formats.count(drafted), formats.count(kept), formats.percent(share))
+    return table
+
+
+def _overlap_table(overlap: Overlapping) -> Table:
+    """Each metric on the samples that stand in a corpus, and under it on the others."""
+    table = _table("Overlap")
+    names = list(overlap.runs[0].others)
+    for name in ("Samples", *names):
+        table.add_column(name, justify="right")
+    for run in overlap.runs:
+        for title, scores in (("in the corpus", run.flagged), ("others", run.others)):
+            cells = [
+                _two_lines(formats.score(one.value), formats.score_interval(one))
+                for one in map(scores.get, names)
+                if one
+            ]
+            table.add_row(Text(formats.printable(run.policy)), title, *cells)
     return table
 
 

@@ -1,75 +1,203 @@
-"""SEC's controller: one bias-free `Linear(hidden, 3)` for all exit points, on the raw state, labelled by the heads.
+"""Training of a controller on cached states, all exit points in one pass, in memory that does not grow with them.
 
-Sun et al., ICSE 2024. Labels, teacher-forced: where no layer writes the right token STOP; from the first layer on that
-does EXIT; before it CONTINUE. The loss of an exit point is weighted by its index.
+`sec` (Sun et al., ICSE 2024): one bias-free `Linear(hidden, 3)` for all exit points, on the raw state; the loss of an
+exit point is weighted by its index. `calibrated`: one an exit point, see `engine.controllers`; rare classes count more
+while it learns, and then a scale and biases are fitted, without such weights, on a tenth of the windows that it did not
+learn from (vector scaling, Guo et al. 2017), so that its probabilities are shares again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.controllers import CLASSES, SEC, bias_name, in_own_size, weight_name
+from engine.exits import AFTER_EXIT
 from engine.heads import Heads
-from engine.policies import CONTINUE, EXIT, STOP
+from engine.training.labels import labels, left_before, predictions
+from engine.training.spec import ControllerSpec
 from engine.training.states import States
 
-_BATCH, _EPOCHS, _RATE, _CHUNK = 1024, 4, 2e-3, 2048
+_BATCH, _CHECKPOINT_EVERY = 1024, 50
+#: every so many-th window is kept apart to calibrate on
+_CALIBRATED_ON = 10
 
-
-@torch.inference_mode()
-def predictions(heads: Heads, states: States, on_progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
-    """What the head of each exit point before full depth writes at every place, how surely: [places, points] each."""
-    points = [point for point in heads.points if point < heads.stack.n_layers]
-    tokens = torch.empty((len(states), len(points)), dtype=torch.long)
-    confidences = torch.empty((len(states), len(points)))
-    for first in range(0, len(states), _CHUNK):
-        hidden = torch.from_numpy(np.array(states.hidden[first : first + _CHUNK])).to(heads.stack.unembedding)
-        for depth, point in enumerate(points):
-            prediction = heads.predict(point, hidden[:, depth])
-            tokens[first : first + _CHUNK, depth] = prediction.tokens.cpu()
-            confidences[first : first + _CHUNK, depth] = prediction.confidences.float().cpu()
-        on_progress(min(first + _CHUNK, len(states)), len(states))
-    return tokens, confidences
-
-
-def labels(tokens: Tensor, states: States) -> Tensor:
-    """SEC's labels [places, points + 1] from predictions [places, points]; the last column is full depth's."""
-    reference = torch.from_numpy(np.array(states.reference)).long()
-    full = torch.from_numpy(np.array(states.full)).long()
-    right = torch.cat([tokens, full[:, None]], dim=1) == reference[:, None]
-    reached = right.long().cummax(dim=1).values.bool()
-    label = torch.where(reached, EXIT, CONTINUE)
-    return torch.where(right.any(dim=1, keepdim=True), label, STOP)
+Progress = Callable[..., None]
 
 
 def train_controller(
-    heads: Heads, states: States, label: Tensor, seed: int, on_progress: Callable[[int, int, float], None]
-) -> Tensor:
-    """The controller's weight [3, hidden]. Asked at full depth too where the bundle has an exit point there."""
-    depths = len(heads.points)
-    device = heads.stack.device
-    # Trained on states in units of each dimension's typical size, then folded in: the same model, better steps.
-    sample = torch.from_numpy(np.array(states.hidden[:: max(1, len(states) // 4000), :depths])).float()
-    size = sample.pow(2).mean(dim=(0, 1)).sqrt().clamp_min(1e-6).to(device)
-    weight = torch.zeros(3, heads.stack.hidden_size, device=device, requires_grad=True)
-    importance = torch.arange(1, depths + 1, device=device).float()
-    optimiser = torch.optim.Adam([weight], lr=_RATE)
-    per_epoch = -(-len(states) // _BATCH)
-    for step in range(_EPOCHS * per_epoch):
-        epoch, at = divmod(step, per_epoch)
-        order = np.random.default_rng([seed, 1, epoch]).permutation(len(states))
-        places = np.sort(order[at * _BATCH : (at + 1) * _BATCH])
-        hidden = torch.from_numpy(states.hidden[places, :depths]).float().to(device)
-        loss = F.cross_entropy(
-            F.linear(hidden / size, weight).transpose(1, 2), label[places, :depths].to(device), reduction="none"
-        )
-        loss = (loss * importance).sum() / (importance.sum() * len(places))
-        for group in optimiser.param_groups:
-            group["lr"] = _RATE * (1 - step / (_EPOCHS * per_epoch))
-        optimiser.zero_grad()
+    heads: Heads,
+    states: States,
+    windows: Sequence[int],
+    spec: ControllerSpec,
+    seed: int,
+    work: Path,
+    on_progress: Callable[[str], Progress],
+) -> dict[str, Tensor]:
+    """The controller's tensors as a bundle has them.
+
+    windows: how many places each window has, in the order of `states`. work: where an interrupted call left its
+    predictions and checkpoint, and where it goes on. on_progress: what shows a stage, by its name.
+    """
+    tokens, _ = predictions(heads, states, on_progress("predictions"), work)
+    label = labels(tokens, states, spec.labels)
+    trainer = ControllerTrainer(heads, states, windows, label, spec, seed, work / "controller.pt")
+    trainer.train(on_progress("controller"))
+    return trainer.tensors()
+
+
+class ControllerTrainer:
+    """Takes steps from a spec, or from a checkpoint where there is one."""
+
+    def __init__(
+        self,
+        heads: Heads,
+        states: States,
+        windows: Sequence[int],
+        label: Tensor,
+        spec: ControllerSpec,
+        seed: int,
+        checkpoint: Path,
+    ) -> None:
+        self.states, self.label, self.spec, self.seed, self.checkpoint = states, label, spec, seed, checkpoint
+        self.points, self.device = heads.points, heads.stack.device
+        # Full depth is the last of the states; where it is no exit point, nobody asks there.
+        self.depths = len(self.points)
+        self.left = left_before(label, windows)
+        window = np.repeat(np.arange(len(windows)), windows)
+        kept = (window % _CALIBRATED_ON == _CALIBRATED_ON - 1) & (spec.kind == "calibrated")
+        self.learned, self.kept = np.flatnonzero(~kept), np.flatnonzero(kept)
+        self.size = self._typical_size(heads.stack.hidden_size)
+        self.class_weights = self._class_weights()
+        self.parameters = {name: p.to(self.device).requires_grad_() for name, p in self._fresh(heads).items()}
+        self.optimiser = torch.optim.Adam(list(self.parameters.values()), lr=spec.learning_rate)
+        self.step = 0
+        if checkpoint.exists():
+            self._load()
+
+    @property
+    def steps(self) -> int:
+        return self.spec.epochs * self._per_epoch
+
+    @property
+    def _per_epoch(self) -> int:
+        return -(-len(self.learned) // _BATCH)
+
+    def train(self, on_progress: Callable[[int, int, float], None]) -> None:
+        """Go on to the last step, and calibrate."""
+        while self.step < self.steps:
+            loss = self._train_step()
+            self.step += 1
+            if self.step % _CHECKPOINT_EVERY == 0 or self.step == self.steps:
+                self._save()
+            on_progress(self.step, self.steps, loss)
+        if self.spec.kind == "calibrated" and len(self.kept):
+            self._calibrate()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As a bundle has them, float32."""
+        weight = self.parameters["weight"].detach()
+        if self.spec.kind == "sec":
+            return {SEC: (weight / self.size).cpu().contiguous()}
+        found = {AFTER_EXIT: self.parameters["after_exit"].detach().cpu().contiguous()}
+        for depth, point in enumerate(self.points):
+            found[weight_name(point)] = weight[depth].cpu().contiguous()
+            found[bias_name(point)] = self.parameters["bias"].detach()[depth].cpu().contiguous()
+        return found
+
+    def _train_step(self) -> float:
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.spec.learning_rate * (1 - self.step / self.steps)
+        places = self._batch(self.step)
+        logits = self._logits(places)  # [places, depths, 3]
+        wanted = self.label[places, : self.depths].long().to(self.device)
+        loss = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
+        if self.spec.kind == "sec":
+            importance = torch.arange(1, self.depths + 1, device=self.device).float()
+            loss = (loss * importance).sum() / (importance.sum() * len(places))
+        else:
+            weights = self.class_weights[torch.arange(self.depths, device=self.device), wanted]
+            loss = (loss * weights).sum() / weights.sum()
+        self.optimiser.zero_grad()
         loss.backward()
-        optimiser.step()
-        on_progress(step + 1, _EPOCHS * per_epoch, loss.item())
-    return (weight / size).detach().cpu()
+        self.optimiser.step()
+        return loss.item()
+
+    def _logits(self, places: np.ndarray) -> Tensor:
+        hidden = torch.from_numpy(self.states.hidden[places][:, : self.depths]).float().to(self.device)
+        if self.spec.kind == "sec":
+            return F.linear(hidden / self.size, self.parameters["weight"])
+        logits = torch.einsum("pdh,dch->pdc", in_own_size(hidden), self.parameters["weight"])
+        left = self.left[torch.from_numpy(places)].float().to(self.device)
+        return logits + self.parameters["bias"] + left[:, None, None] * self.parameters["after_exit"]
+
+    def _batch(self, step: int) -> np.ndarray:
+        """Places of a step: a function of seed and step, so that a resumed run sees what an unbroken one would."""
+        epoch, at = divmod(step, self._per_epoch)
+        order = np.random.default_rng([self.seed, 1, epoch]).permutation(self.learned)
+        return np.sort(order[at * _BATCH : (at + 1) * _BATCH])
+
+    def _calibrate(self) -> None:
+        """Fit a scale and biases of each exit point, and the bias after an exit, to what was so."""
+        with torch.no_grad():
+            chunks = [self._logits(places) for places in np.array_split(self.kept, -(-len(self.kept) // _BATCH))]
+        left = self.left[torch.from_numpy(self.kept)].float().to(self.device)[:, None, None]
+        base = torch.cat(chunks) - self.parameters["bias"].detach() - left * self.parameters["after_exit"].detach()
+        wanted = self.label[self.kept, : self.depths].long().to(self.device)
+        scale = torch.ones(self.depths, 1, device=self.device, requires_grad=True)
+        bias = self.parameters["bias"].detach().clone().requires_grad_()
+        after = self.parameters["after_exit"].detach().clone().requires_grad_()
+        optimiser = torch.optim.LBFGS([scale, bias, after], max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            loss = F.cross_entropy((base * scale + bias + left * after).flatten(0, 1), wanted.flatten())
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+        with torch.no_grad():
+            self.parameters["weight"] *= scale[:, :, None]
+            self.parameters["bias"].copy_(bias)
+            self.parameters["after_exit"].copy_(after)
+
+    def _typical_size(self, hidden: int) -> Tensor:
+        """Of each dimension of a raw state: SEC's learns in these units, folded in at the end: better steps."""
+        if self.spec.kind != "sec":
+            return torch.ones(hidden, device=self.device)
+        every = max(1, len(self.states) // 4000)
+        sample = torch.from_numpy(np.array(self.states.hidden[::every, : self.depths])).float()
+        return sample.pow(2).mean(dim=(0, 1)).sqrt().clamp_min(1e-6).to(self.device)
+
+    def _class_weights(self) -> Tensor:
+        """[depths, 3]: one over the root of a class's share, so that a rare one is neither drowned nor everything."""
+        learned = self.label[self.learned, : self.depths]
+        shares = torch.stack([(learned == value).double().mean(dim=0) for value in range(CLASSES)], dim=1)
+        return shares.clamp_min(1e-3).rsqrt().float().to(self.device)
+
+    def _fresh(self, heads: Heads) -> dict[str, Tensor]:
+        hidden = heads.stack.hidden_size
+        if self.spec.kind == "sec":
+            return {"weight": torch.zeros(CLASSES, hidden)}
+        return {
+            "weight": torch.zeros(self.depths, CLASSES, hidden),
+            "bias": torch.zeros(self.depths, CLASSES),
+            "after_exit": torch.zeros(CLASSES),
+        }
+
+    def _save(self) -> None:
+        part = self.checkpoint.with_suffix(".part")
+        content = {"step": self.step, "parameters": self.parameters, "optimiser": self.optimiser.state_dict()}
+        torch.save(content, part)
+        part.replace(self.checkpoint)
+
+    def _load(self) -> None:
+        content = torch.load(self.checkpoint, weights_only=True, map_location=self.device)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(content["parameters"][name])
+        self.optimiser.load_state_dict(content["optimiser"])
+        self.step = content["step"]

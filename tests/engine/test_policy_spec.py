@@ -104,8 +104,8 @@ def test_labels(written: object, label: str) -> None:
         ("self-speculativ", "unknown policy 'self-speculativ'; did you mean 'self-speculative'"),
         (
             "zzz",
-            "unknown policy 'zzz'; known: confidence, controller, entropy, fixed, full, margin, patience, position, "
-            "random, sec, self-speculative, state-similarity, static.",
+            "unknown policy 'zzz'; known: confidence, controller, entropy, fixed, full, margin, original, patience, "
+            "position, random, sec, self-speculative, state-similarity, static.",
         ),
         ({"confidence": {"threshold": 0.5, "verify": True}}, "kv is 'copy' and verify is true"),
         ({"sec": {"exit": 0.5, "stop": 0.5, "verify": True}}, "kv is 'copy' and verify is true"),

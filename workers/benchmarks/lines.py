@@ -1,9 +1,11 @@
 """Lines of source code: what a language's files are called, and which of their lines are worth completing."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine.errors import BadInput
+from engine.languages import EXTENSIONS
 from engine.registry import unknown
 
 _ONLY_CLOSING = re.compile(r"[\])}][\])},;\s]*")
@@ -16,23 +18,11 @@ class Language:
     block_comments: bool  #: `/* … */`
 
 
-def _c_like(*extensions: str, line_comments: tuple[str, ...] = ("//",)) -> Language:
-    return Language(frozenset(extensions), line_comments, block_comments=True)
-
-
+#: how the languages comment that are not like C
+_COMMENTS = {"php": ("//", "#"), "python": ("#",), "ruby": ("#",)}
 LANGUAGES = {
-    "c": _c_like(".c", ".h"),
-    "cpp": _c_like(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx", ".h"),
-    "csharp": _c_like(".cs"),
-    "go": _c_like(".go"),
-    "java": _c_like(".java"),
-    "javascript": _c_like(".js", ".jsx", ".mjs", ".cjs"),
-    "kotlin": _c_like(".kt", ".kts"),
-    "php": _c_like(".php", line_comments=("//", "#")),
-    "python": Language(frozenset({".py"}), ("#",), block_comments=False),
-    "ruby": Language(frozenset({".rb"}), ("#",), block_comments=False),
-    "rust": _c_like(".rs"),
-    "typescript": _c_like(".ts", ".tsx"),
+    name: Language(extensions, _COMMENTS.get(name, ("//",)), block_comments=name not in ("python", "ruby"))
+    for name, extensions in EXTENSIONS.items()
 }
 
 
@@ -41,6 +31,15 @@ def language_named(name: str) -> Language:
     if name not in LANGUAGES:
         raise BadInput(unknown("language", name, list(LANGUAGES)))
     return LANGUAGES[name]
+
+
+def languages_by_extension(names: Iterable[str]) -> dict[str, str]:
+    """The language of a file by its extension. `.h` is C's where C is among them. Raises `BadInput`."""
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        for extension in language_named(name).extensions:
+            found.setdefault(extension, name)
+    return found
 
 
 def substantive_lines(lines: list[str], language: Language) -> list[int]:

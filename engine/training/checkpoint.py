@@ -1,0 +1,85 @@
+"""What a training goes on from after any end, and the log of its losses beside it."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import BadInput
+
+
+class NotFinite(ArithmeticError):
+    """The loss became NaN or infinite; the last checkpoint is kept."""
+
+
+class Checkpoint:
+    """Parameters and optimiser of one stage in one file, which is whole at any moment."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(self, step: int, parameters: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, **more: Any) -> None:
+        """Replace the file; a machine that dies meanwhile has the old one. Raises `BadInput` where the disk is full."""
+        part = self.path.with_suffix(".part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(
+                    {"step": step, "parameters": dict(parameters), "optimiser": optimiser.state_dict(), **more}, file
+                )
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise BadInput(
+                f"out: the checkpoint {self.path} cannot be written ({error.strerror}); make room and run the command "
+                "again, it goes on from the last one."
+            ) from None
+        part.replace(self.path)
+
+    def load(
+        self, parameters: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, device: torch.device
+    ) -> dict[str, Any] | None:
+        """Fill parameters and optimiser; gives what else was saved, or None where there is no checkpoint."""
+        if not self.path.exists():
+            return None
+        content: dict[str, Any] = torch.load(self.path, weights_only=True, map_location=device)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(content["parameters"][name])
+        optimiser.load_state_dict(content["optimiser"])
+        return {name: value for name, value in content.items() if name not in ("parameters", "optimiser")}
+
+
+class Log:
+    """One JSON object a line, one line a step, in the order of the steps however often training was interrupted."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def forget(self, stage: str, step: int) -> None:
+        """Drop what was logged after a checkpoint: those steps are taken again."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the line that a dying process was writing
+                continue
+            if entry["stage"] != stage or entry["step"] <= step:
+                kept.append(line)
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def write(self, stage: str, step: int, **figures: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **figures}) + "\n")
+
+
+def trainable(parameters: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The same tensors as leaves that gather gradients."""
+    return {name: nn.Parameter(tensor.detach().clone()) for name, tensor in parameters.items()}
