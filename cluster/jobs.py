@@ -66,7 +66,7 @@ def submit(
     same key and spec again gets the job that is there; with another spec `db.errors.Conflict`.
     """
     spec = anchored(spec, spec_folder or Path.cwd())
-    _check_names(spec)
+    check_names(spec)
     body = spec.dump()
     return jobs.create_job(
         db,
@@ -115,7 +115,7 @@ def work(
     return jobs.job(db, job_id).state
 
 
-def _check_names(spec: JobSpec) -> None:
+def check_names(spec: JobSpec) -> None:
     """All that can be refused without reading much. Raises `BadInput`."""
     is_hub_id = spec.model.count("/") == 1 and not Path(spec.model).is_absolute()
     if spec.model not in models and not is_hub_id:

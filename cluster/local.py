@@ -1,10 +1,18 @@
 """The service on a database at hand."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.known import Known, KnownPolicy, known_benchmarks, known_models, known_policies
+from cluster.known import (
+    Known,
+    KnownPolicy,
+    ShownBenchmark,
+    known_benchmarks,
+    known_models,
+    known_policies,
+    shown_benchmark,
+)
 from cluster.service import JobDetails, Retried, Service
 from cluster.settings import Settings
 from db.errors import Conflict, RecordError
@@ -13,8 +21,12 @@ from db.records import JobRow, JobState, Progress
 from db.session import Database, open_database
 
 if TYPE_CHECKING:
+    from cluster.comparing.model import Comparison
+    from cluster.gates import Gate, Verdict
+    from cluster.labels import Item, Judgement, LabelsImported
     from cluster.prepare import Validation
     from cluster.reports.model import JobReport
+    from cluster.schedules.service import Schedules
     from cluster.spec import JobSpec
     from db.listing import JobSummary
     from db.queries import Result
@@ -55,6 +67,11 @@ class Local(Service):
             return self._opened()
         except RecordError:
             return None
+
+    def done_before(self, spec: "JobSpec", folder: Path | None = None) -> int | None:
+        from cluster.unchanged import done_before
+
+        return done_before(self._opened(create=True), spec, folder or Path.cwd(), workers=self._settings.workers)
 
     def jobs(self) -> "list[JobSummary]":
         from db.listing import summaries
@@ -139,6 +156,45 @@ class Local(Service):
         db = self._opened()
         return build_report(db, job_id, decoder(db, job_id) if with_tokens else None)
 
+    def compare(
+        self,
+        a: str,
+        b: str | None = None,
+        *,
+        confidence: float = 0.95,
+        metrics: Sequence[str] | None = None,
+        levels: Sequence[str] = (),
+        without: int | None = None,
+    ) -> "Comparison":
+        from cluster.comparing.build import compare
+        from cluster.comparing.sides import parse_side
+
+        sides = parse_side(a), None if b is None else parse_side(b)
+        options: dict[str, Any] = {"metrics": metrics, "levels": levels, "without": without}
+        return compare(self._opened(), *sides, confidence=confidence, **options)
+
+    def judge(self, gate: "Gate", a: str, b: str | None = None) -> "Verdict":
+        from cluster.comparing.sides import parse_side
+        from cluster.gates import judge
+
+        return judge(self._opened(), gate, parse_side(a), None if b is None else parse_side(b))
+
+    @property
+    def schedules(self) -> "Schedules":
+        from cluster.schedules.keeping import LocalSchedules
+
+        return LocalSchedules(lambda: self._opened(create=True), self._settings, self._who)
+
+    def labels(self, job_id: int, *, samples: int | None = None, seed: int = 0) -> "Iterator[Item]":
+        from cluster import labels
+
+        return labels.items(self._opened(), job_id, samples=samples, seed=seed)
+
+    def import_labels(self, job_id: int, judge: str, judgements: "Sequence[Judgement]") -> "LabelsImported":
+        from cluster import labels
+
+        return labels.import_labels(self._opened(), job_id, judge, judgements, who=self._who)
+
     def query(self, sql: str, *, timeout_s: float = 30, limit: int | None = None) -> "Result":
         from db.queries import query
 
@@ -149,6 +205,9 @@ class Local(Service):
 
     def benchmarks(self) -> Sequence[Known]:
         return known_benchmarks()
+
+    def benchmark(self, name: str) -> ShownBenchmark:
+        return shown_benchmark(name)
 
     def policies(self) -> Sequence[KnownPolicy]:
         return known_policies()

@@ -52,4 +52,5 @@ def anchored(spec: JobSpec, folder: Path) -> JobSpec:
 def meant(field: Field, value: str, folder: Path) -> Path | None:
     """The absolute path that a field names in `folder`: a file, there or not, or a folder that is."""
     path = (folder / Path(value).expanduser()).absolute()
-    return path if field in ("benchmark", "jsonl") or path.is_dir() else None
+    is_file = field in ("benchmark", "jsonl") or (field == "dataset" and path.suffix == ".parquet")
+    return path if is_file or path.is_dir() else None

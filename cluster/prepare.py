@@ -3,14 +3,15 @@
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 from pathlib import Path
 from platform import python_version
+from typing import Any
 
-from cluster.spec import JobSpec
+from cluster.spec import TRACE, JobSpec
 from db import errors as record_errors
 from db import jobs
 from db.estimating import Estimate, estimate
@@ -20,6 +21,7 @@ from db.session import Database
 from engine.errors import BadInput
 from engine.exits import ExitsManifest, check_policy, check_weights, exits_hash, find_exits, read_manifest
 from engine.loading import ModelFacts, load_tokenizer, resolve_model
+from engine.shapes import head_parameters, model_shape
 from engine.spec import Original, PolicySpec
 from workers.benchmarks.catalogue import load_benchmark
 from workers.benchmarks.sample import Benchmark
@@ -89,7 +91,7 @@ def prepare(db: Database, lease: Lease, *, workers: int = 1) -> None:
             db,
             lease,
             pinned=resolved.pinned.model_dump(mode="json"),
-            benchmarks=[_planned(benchmark) for benchmark in resolved.benchmarks],
+            benchmarks=[planned_benchmark(benchmark) for benchmark in resolved.benchmarks],
             artifacts=artifacts,
             policies=resolved.policies,
         )
@@ -176,10 +178,19 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         shard_batches=spec.shard_batches,
         metrics=versions,
         benchmarks={benchmark.name: benchmark.content_hash for benchmark in benchmarks},
-        versions=_package_versions(),
-        git_revision=_git_revision(),
+        withheld={
+            benchmark.content_hash: asked.model_dump(mode="json", exclude_defaults=True)
+            for asked, benchmark in zip(spec.benchmarks, benchmarks, strict=True)
+            if not benchmark.store_text
+        },
+        versions=package_versions(),
+        git_revision=git_revision(),
+        **_traced(spec, facts, manifest),
     )
-    return Resolved(pinned, benchmarks, [planned_policy(policy, manifest) for policy in policies], folder)
+    planned = [planned_policy(policy, manifest) for policy in policies]
+    if spec.trace is not None:
+        planned = [PlannedPolicy(label=TRACE, kind=TRACE, spec={TRACE: {"target": spec.trace}})]
+    return Resolved(pinned, benchmarks, planned, folder)
 
 
 def with_references(policies: Sequence[PolicySpec], manifest: ExitsManifest | None) -> list[PolicySpec]:
@@ -188,6 +199,20 @@ def with_references(policies: Sequence[PolicySpec], manifest: ExitsManifest | No
         return list(policies)
     place = next(i for i, policy in enumerate(policies) if policy.kind == "full") + 1
     return [*policies[:place], Original(), *policies[place:]]
+
+
+def _traced(spec: JobSpec, facts: ModelFacts, manifest: ExitsManifest | None) -> dict[str, Any]:
+    """What a trace pins on top: all that replay needs to know where there are no weights. Raises `BadInput`."""
+    if spec.trace is None:
+        return {}
+    if manifest is None:
+        raise BadInput("exits: a trace needs some, and none are given; name a bundle in the field `exits`.")
+    return {
+        "trace": spec.trace,
+        "controller": manifest.controller is not None,
+        "shape": asdict(model_shape(facts, spec.dtype)),
+        "heads": head_parameters(facts, manifest),
+    }
 
 
 def metric_versions(names: Iterable[str] | None) -> dict[str, str]:
@@ -266,15 +291,17 @@ def _check_differ(loaded: list[Benchmark]) -> None:
                 )
 
 
-def _planned(benchmark: Benchmark) -> PlannedBenchmark:
+def planned_benchmark(benchmark: Benchmark) -> PlannedBenchmark:
+    """The benchmark as the record keeps it."""
+    recorded = benchmark.recorded
     return PlannedBenchmark(
         name=benchmark.name,
         version=benchmark.version,
         content_hash=benchmark.content_hash,
         ends=benchmark.ends,
-        samples=[(one.name, one.prompt, one.reference, one.language, one.source_group) for one in benchmark.samples],
+        samples=[(one.name, one.prompt, one.reference, one.language, one.source_group) for one in recorded],
         left_out=benchmark.left_out,
-        tests=[one.test for one in benchmark.samples],
+        tests=[one.test for one in recorded],
     )
 
 
@@ -303,7 +330,8 @@ def _artifact(folder: Path) -> tuple[str, str, bytes]:
     return "exits", exits_hash(folder), pack(folder)
 
 
-def _package_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of Python, and of what may change a token, a score or a figure."""
     found = {"python": python_version()}
     for package in _VERSIONED:
         try:
@@ -313,7 +341,7 @@ def _package_versions() -> dict[str, str]:
     return found
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     """The commit that Shortstop runs from; None where it was installed from a package."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from db import jobs, rescoring
 from db.rescoring import Completed
@@ -46,6 +47,9 @@ def rescore(
     or completions may not or cannot be executed.
     """
     pinned = jobs.job(db, job_id).pinned or {}
+    _check_texts(job_id, pinned)
+    if pinned.get("trace") is not None:
+        raise BadInput(f"job {job_id} is a trace, which has no completions to score; score a job that ran policies.")
     names = names or list(pinned.get("metrics", wanted_metrics(None)))
     executed = executed_metrics(wanted_metrics(names))
     if executed:
@@ -72,6 +76,16 @@ def rescore(
         on_progress=on_progress,
     )
     return Rescored(job_id, done.revision, done.completions, wanted)
+
+
+def _check_texts(job_id: int, pinned: dict[str, Any]) -> None:
+    """Raises `BadInput` where the record has hashes for texts: there is nothing to score."""
+    of = {content_hash: name for name, content_hash in pinned.get("benchmarks", {}).items()}
+    for content_hash in pinned.get("withheld", {}):
+        raise BadInput(
+            f"job {job_id}: benchmark {of.get(content_hash, content_hash[:12])!r} has store_text: false, so its "
+            "completions are hashes, which cannot be scored again; submit a job that names the metrics."
+        )
 
 
 def _check_execution(name: str, allowed: bool) -> None:

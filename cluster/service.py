@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from db.records import DeadTask, JobRow, JobState, Progress, RunRow
 
 if TYPE_CHECKING:
-    from cluster.known import Known, KnownPolicy
+    from cluster.comparing.model import Comparison
+    from cluster.gates import Gate, Verdict
+    from cluster.known import Known, KnownPolicy, ShownBenchmark
+    from cluster.labels import Item, Judgement, LabelsImported
     from cluster.prepare import Validation
     from cluster.reports.model import JobReport
+    from cluster.schedules.service import Schedules
     from cluster.spec import JobSpec
     from db.listing import JobSummary
 
@@ -66,6 +70,10 @@ class Service(ABC):
         """What the job would do; nothing is written."""
 
     @abstractmethod
+    def done_before(self, spec: "JobSpec", folder: Path | None = None) -> int | None:
+        """A finished job that found what this spec's would find; None where something changed."""
+
+    @abstractmethod
     def jobs(self) -> "list[JobSummary]":
         """All jobs, newest first."""
 
@@ -102,6 +110,36 @@ class Service(ABC):
     def report(self, job_id: int, *, with_tokens: bool = True) -> "JobReport":
         """What the job found by now. with_tokens: examples token by token, where the tokenizer is at hand."""
 
+    @property
+    @abstractmethod
+    def schedules(self) -> "Schedules":
+        """Jobs that recur."""
+
+    @abstractmethod
+    def compare(
+        self,
+        a: str,
+        b: str | None = None,
+        *,
+        confidence: float = 0.95,
+        metrics: Sequence[str] | None = None,
+        levels: Sequence[str] = (),
+        without: int | None = None,
+    ) -> "Comparison":
+        """Hold B against A: jobs (`12`), policies (`12:full`), runs (`run:34`); see `comparing.build`."""
+
+    @abstractmethod
+    def judge(self, gate: "Gate", a: str, b: str | None = None) -> "Verdict":
+        """What a gate says of the two; nothing is run for it. See `cluster.gates.judge`."""
+
+    @abstractmethod
+    def labels(self, job_id: int, *, samples: int | None = None, seed: int = 0) -> "Iterator[Item]":
+        """What there is to judge of a job that has ended, see `cluster.labels.items`."""
+
+    @abstractmethod
+    def import_labels(self, job_id: int, judge: str, judgements: "Sequence[Judgement]") -> "LabelsImported":
+        """Take in what a judge said of a job's items; the same again changes nothing."""
+
     @abstractmethod
     def query(self, sql: str, *, timeout_s: float = 30, limit: int | None = None) -> Answer:
         """Ask one SELECT over the documented views."""
@@ -111,6 +149,10 @@ class Service(ABC):
 
     @abstractmethod
     def benchmarks(self) -> "Sequence[Known]": ...
+
+    @abstractmethod
+    def benchmark(self, name: str) -> "ShownBenchmark":
+        """One of these, with three of its samples."""
 
     @abstractmethod
     def policies(self) -> "Sequence[KnownPolicy]": ...

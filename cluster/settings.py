@@ -58,7 +58,11 @@ class Settings(BaseSettings):
     uploads_mb: int = Field(4096, ge=1, description="of all uploads; the oldest make room")
     requests_per_second: float = Field(100, gt=0, description="of one key, on the long run; at once twice as many")
 
-    @field_validator("allow", mode="before")
+    webhook_allow: Annotated[list[str], NoDecode] = Field(
+        [], description="private addresses, networks and hosts that webhooks of schedules may call all the same"
+    )
+
+    @field_validator("allow", "webhook_allow", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """The environment has no lists: entries are set apart by commas there."""

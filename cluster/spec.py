@@ -12,6 +12,9 @@ from engine.errors import BadInput
 from engine.spec import Compile, Device, DType, PolicySpec, Spec, first_complaint, parse_policy
 from workers.benchmarks.spec import parse_benchmark
 
+#: the kind, and the label, of the runs of a trace: they are no policy's, for nothing is decided
+TRACE = "trace"
+
 
 class Generation(Spec):
     max_new_tokens: int = Field(32, ge=1)
@@ -43,7 +46,10 @@ class JobSpec(Spec):
     seed: int = 0
     generation: Generation = Generation()
     benchmarks: list[Any] = Field(min_length=1)
-    policies: list[Any] = Field(min_length=1)
+    policies: list[Any] = Field(["full"], min_length=1, validate_default=True)
+    trace: Literal["reference", "full"] | None = Field(
+        None, description="a trace in the place of policies: of the reference, or of the model's own completion"
+    )
     metrics: list[str] | None = Field(
         None, min_length=1, description="`all`, or names; those computed by default when absent"
     )
@@ -67,6 +73,24 @@ class JobSpec(Spec):
         """`full` is the baseline of every comparison: added in front when no policy is it."""
         specs = [parse_policy(value) for value in values]
         return specs if any(spec.kind == "full" for spec in specs) else [parse_policy("full"), *specs]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _policies_given(cls, data: Any) -> Any:
+        """A job without policies has nothing to do, but a trace."""
+        if isinstance(data, dict) and "policies" not in data and data.get("trace") is None:
+            raise ValueError("field 'policies' is missing; add it.")
+        return data
+
+    @model_validator(mode="after")
+    def _trace_alone(self) -> "JobSpec":
+        if self.trace is not None and any(spec.kind != "full" for spec in self.policies):
+            raise ValueError(
+                f"policies: a trace ({self.trace!r}) runs none; leave the field out, and ask with `shortstop replay`."
+            )
+        if self.trace is not None and self.exits is None:
+            raise ValueError("exits: a trace needs some, and none are given; name a bundle in the field `exits`.")
+        return self
 
     @model_validator(mode="after")
     def _labels_differ(self) -> "JobSpec":
@@ -107,22 +131,22 @@ def read_job(source: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
     return parse_job(override(read_yaml(source), overrides))
 
 
-def read_yaml(source: str | Path) -> dict[str, Any]:
-    """Read a file (`-` is standard input) that holds one mapping. Raises `BadInput`."""
+def read_yaml(source: str | Path, *, word: str = "spec", like: str = "model: smollm2-135m") -> dict[str, Any]:
+    """Read a file (`-` is standard input) that holds one mapping, told of as a `word`. Raises `BadInput`."""
     name = "standard input" if str(source) == "-" else str(source)
     try:
         text = sys.stdin.read() if str(source) == "-" else Path(source).read_text(encoding="utf-8")
         value = yaml.safe_load(text)
     except OSError as error:
         raise BadInput(
-            f"spec {name!r} cannot be read ({error.strerror}); give the path of a YAML file, or - ."
+            f"{word} {name!r} cannot be read ({error.strerror}); give the path of a YAML file, or - ."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: {getattr(error, 'problem', None)}" if mark else str(error).splitlines()[0]
-        raise BadInput(f"spec {name!r} is not YAML ({where}); correct it there.") from None
+        raise BadInput(f"{word} {name!r} is not YAML ({where}); correct it there.") from None
     if not isinstance(value, dict):
-        raise BadInput(f"spec {name!r} does not hold a mapping; write lines such as `model: smollm2-135m`.")
+        raise BadInput(f"{word} {name!r} does not hold a mapping; write lines such as `{like}`.")
     return value
 
 

@@ -3,33 +3,34 @@
 import io
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from cluster.places import Field, meant, placed
 from cluster.spec import JobSpec
 from engine.errors import BadInput
-from workers.benchmarks.lines import language_named
+from engine.spec import Spec
+from workers.benchmarks.files import source_bytes
 from workers.benchmarks.spec import SourceBenchmark
 
 #: always the same, so that the same content is the same archive
 _DATE = (1980, 1, 1, 0, 0, 0)
-#: as `workers.benchmarks.files` passes them over
-_NOT_SOURCE = {"__pycache__", "node_modules"}
 
 
 def uploaded(spec: JobSpec, folder: Path, send: Callable[[bytes], str]) -> JobSpec:
     """The spec with uploads in place of what lies on this machine: source code, JSON lines, exits.
 
     folder: what relative paths start from. send: uploads a zip archive and returns how specs name it. A path that is
-    not there is taken for one on the server. Raises `BadInput` for a relative one, and for what cannot be uploaded.
+    not there is taken for one on the server. Of a git repository what is tracked, or the revision that is asked for,
+    goes there as plain files. Raises `BadInput` for a relative path that is not there, and for what cannot be uploaded.
     """
-    extensions = {
-        extension
-        for asked in spec.benchmarks
-        if isinstance(asked, SourceBenchmark)
-        for extension in language_named(asked.language).extensions
-    }
+
+    def source(asked: Spec) -> Spec:
+        found = meant("source", asked.source, folder) if isinstance(asked, SourceBenchmark) else None
+        if found is None or not isinstance(asked, SourceBenchmark):
+            return asked
+        archive = packed_source(asked.model_copy(update={"source": str(found)}))
+        return asked.model_copy(update={"source": f"{send(archive)}/{found.name}", "revision": None})
 
     def place(field: Field, value: str) -> str:
         found = meant(field, value, folder)
@@ -41,33 +42,36 @@ def uploaded(spec: JobSpec, folder: Path, send: Callable[[bytes], str]) -> JobSp
             raise BadInput(f"{field} {value!r}: there is no such file here ({found}); correct the path.")
         if field in ("model", "benchmark", "dataset"):
             return str(found)  # the server may have it in the same place
-        archive = packed(found, extensions if field == "source" else None)
-        return f"{send(archive)}/{found.name}"
+        return f"{send(packed(found))}/{found.name}"
 
-    return placed(spec, place)
+    return placed(spec.model_copy(update={"benchmarks": [source(asked) for asked in spec.benchmarks]}), place)
 
 
-def packed(path: Path, extensions: set[str] | None = None) -> bytes:
-    """A file, or a folder's files with one of these extensions, as a zip archive with one name at its top."""
+def packed_source(asked: SourceBenchmark) -> bytes:
+    """The files of a folder that its benchmark looks at, as a zip archive with the folder's name at its top."""
+    root = Path(asked.source).name
+    return _zipped((f"{root}/{name}", content) for name, content in source_bytes(asked))
+
+
+def packed(path: Path) -> bytes:
+    """A file, or all files of a folder, as a zip archive with one name at its top."""
+    files = [path] if path.is_file() else sorted(_files(path))
+    names = [path.name if file == path else (Path(path.name) / file.relative_to(path)).as_posix() for file in files]
+    return _zipped((name, file.read_bytes()) for name, file in zip(names, files, strict=True))
+
+
+def _zipped(files: Iterable[tuple[str, bytes]]) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in [path] if path.is_file() else sorted(_files(path, extensions)):
-            name = (Path(path.name) / file.relative_to(path)).as_posix() if file != path else path.name
-            archive.writestr(zipfile.ZipInfo(name, _DATE), file.read_bytes(), zipfile.ZIP_DEFLATED)
+        for name, content in files:
+            archive.writestr(zipfile.ZipInfo(name, _DATE), content, zipfile.ZIP_DEFLATED)
     return out.getvalue()
 
 
-def _files(folder: Path, extensions: set[str] | None) -> Iterator[Path]:
-    """Regular files below a folder, links not followed; of source code only what a benchmark would look at."""
-    for at, subfolders, names in os.walk(folder):
-        if extensions is not None:
-            subfolders[:] = [name for name in subfolders if _may_hold_source(Path(at) / name)]
+def _files(folder: Path) -> Iterator[Path]:
+    """Regular files below a folder, links not followed."""
+    for at, _, names in os.walk(folder):
         for name in names:
             file = Path(at) / name
-            wanted = extensions is None or file.suffix.lower() in extensions
-            if wanted and file.is_file() and not file.is_symlink():
+            if file.is_file() and not file.is_symlink():
                 yield file
-
-
-def _may_hold_source(folder: Path) -> bool:
-    return not (folder.name.startswith(".") or folder.name in _NOT_SOURCE or (folder / "pyvenv.cfg").exists())

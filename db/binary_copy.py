@@ -6,6 +6,7 @@ Written through the driver's own connection, inside the transaction that SQLAlch
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -52,3 +53,14 @@ def elements(values: npt.NDArray[Any], dtype: str) -> bytes:
     encoded["length"] = element["value"].itemsize
     encoded["value"] = values
     return encoded.tobytes()
+
+
+@lru_cache(maxsize=10_000)
+def array_header(n: int, size: int, oid: int) -> bytes:
+    """What stands before the n elements of an array, each of that size with the length before it.
+
+    The field's length, dimensions, has-nulls, element type; then for one dimension its length and lower bound.
+    """
+    if n == 0:
+        return struct.pack(">iiii", 12, 0, 0, oid)
+    return struct.pack(">iiiiii", 20 + n * size, 1, 0, oid, n, 1)

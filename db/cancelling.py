@@ -13,6 +13,9 @@ from db.records import JobState
 from db.session import Database
 from db.tables import job, job_event, run, task
 
+#: what makes a job that was done go on
+_ADDED = (What.POLICY_ADDED, What.COMPLETIONS_IMPORTED)
+
 
 def cancel_job(db: Database, job_id: int, *, who: str = LOCAL) -> bool:
     """End the job as cancelled; whoever works on it learns so at the next renewal. False when it had ended before.
@@ -32,18 +35,18 @@ def cancel_job(db: Database, job_id: int, *, who: str = LOCAL) -> bool:
 
 
 def _added(connection: Connection, job_id: int) -> Row[Any] | None:
-    """The job, held, with the event of the policy that it goes on with; None where it does not."""
+    """The job, held, with the event of what it goes on with; None where it never was done."""
     held = select(job).where(job.c.id == job_id, job.c.state == JobState.RUNNING).with_for_update(key_share=True)
     if connection.execute(held).one_or_none() is None:
         return None
     last = (
         select(job_event.c.id)
-        .where(job_event.c.job_id == job_id, job_event.c.what.in_([What.DONE, What.POLICY_ADDED]))
+        .where(job_event.c.job_id == job_id, job_event.c.what.in_([What.DONE, *_ADDED]))
         .order_by(job_event.c.id.desc())
         .limit(1)
     )
     found = select(job, job_event.c.detail).join(job_event, job_event.c.job_id == job.c.id)
-    chosen = found.where(job_event.c.id == last.scalar_subquery(), job_event.c.what == What.POLICY_ADDED)
+    chosen = found.where(job_event.c.id == last.scalar_subquery(), job_event.c.what.in_(_ADDED))
     return connection.execute(chosen).one_or_none()
 
 
@@ -64,7 +67,8 @@ def _finish_again(connection: Connection, added: Row[Any], who: str) -> None:
     rest = select(run.c.id).where(run.c.job_id == added.id).order_by(run.c.position)
     for position, run_id in enumerate(connection.execute(rest).scalars().all()):
         connection.execute(update(run).where(run.c.id == run_id).values(position=position))
-    spec = added.spec | {"policies": added.spec["policies"][:-1]}
+    policy = added.detail.get("policy")  # completions that were imported are no policy of the spec
+    spec = added.spec if policy is None else added.spec | {"policies": added.spec["policies"][:-1]}
     before = {"state": JobState.DONE, "error": None, "finished_at": added.detail["finished_at"], "paused": False}
     connection.execute(update(job).where(job.c.id == added.id).values(before | {"spec": spec}))
-    events.record(connection, added.id, who, What.POLICY_TAKEN_BACK, policy=added.detail["policy"])
+    events.record(connection, added.id, who, What.POLICY_TAKEN_BACK, policy=policy or added.detail["label"])

@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields
 from math import ceil
 from typing import Any
 
-from sqlalchemy import Connection, Row, Table, and_, delete, func, insert, select, text
+from sqlalchemy import Connection, Row, Table, and_, delete, func, insert, select
 
+from db.damage import BACKUP, damage
 from db.jobs import runs_of
 from db.partial import is_partial, remedy
 from db.records import JobState, Rollup, RunRow, SampleRow, TaskState
@@ -21,7 +22,6 @@ from db.tables import rollup as rollup_table
 #: shards whose rollups are rewritten in one transaction
 _REWRITTEN = 100
 _SUMS = [field.name for field in fields(Rollup)]
-_BACKUP = "restore a backup"
 _PRUNE = "run `shortstop db prune` again"
 _REBUILD = "run `shortstop db check --rebuild-rollups`"
 
@@ -66,7 +66,7 @@ def rebuild_rollups(db: Database) -> int:
     rewritten = 0
     with snapshot(db) as connection:
         for job_id in connection.execute(select(job.c.id).order_by(job.c.id)).scalars().all():
-            damaged = {run_id for run_id, _ in _damage(connection, job_id)}
+            damaged = {run_id for run_id, _ in damage(connection, job_id)}
             for one in (one for one in runs_of(connection, job_id) if one.id not in damaged):
                 revision = connection.execute(select(run.c.score_revision).where(run.c.id == one.id)).scalar_one()
                 wrong: list[Difference] = []
@@ -95,7 +95,7 @@ def check_whole(connection: Connection, row: Row[Any], state: JobState) -> Itera
     if row.pinned is None or not runs:
         return
     damaged = set()
-    for run_id, sentence in _damage(connection, job_id):
+    for run_id, sentence in damage(connection, job_id):
         damaged.add(run_id)
         yield sentence
     shards: dict[int, _Shards] = {}
@@ -105,7 +105,7 @@ def check_whole(connection: Connection, row: Row[Any], state: JobState) -> Itera
             if shards[one.benchmark_id].times is None:
                 yield (
                     f"job {job_id}: its shards do not cut benchmark {one.benchmark!r} into parts that cover every "
-                    f"batch equally often; {_BACKUP}, or submit the job again."
+                    f"batch equally often; {BACKUP}, or submit the job again."
                 )
         if one.id not in damaged:
             yield from _run(connection, row, state, one, shards[one.benchmark_id])
@@ -126,7 +126,7 @@ def _orphans(connection: Connection) -> Iterator[str]:
     named = job.c.pinned["exits_hash"].as_string()
     lost = select(job.c.id, named).where(named.is_not(None), ~select(artifact).where(artifact.c.hash == named).exists())
     for job_id, hash in connection.execute(lost.order_by(job.c.id)):
-        yield f"job {job_id}: its exits {hash[:12]} are not among the artifacts; {_BACKUP}, or submit the job again."
+        yield f"job {job_id}: its exits {hash[:12]} are not among the artifacts; {BACKUP}, or submit the job again."
 
 
 def _orphans_of(connection: Connection, table: Table, column: str, parent: Table) -> Iterator[str]:
@@ -136,7 +136,7 @@ def _orphans_of(connection: Connection, table: Table, column: str, parent: Table
     found = select(func.count(), func.min(named)).select_from(table).where(named.is_not(None), absent)
     rows, first = connection.execute(found).one()
     if rows:
-        yield f"table {table.name}: {rows} rows have a {column} that is not in {parent.name}, {first} first; {_BACKUP}."
+        yield f"table {table.name}: {rows} rows have a {column} that is not in {parent.name}, {first} first; {BACKUP}."
 
 
 # --- content and its hash -----------------------------------------------------------------------------------
@@ -152,12 +152,12 @@ def _benchmarks(connection: Connection, hashes: Hashes) -> Iterator[str]:
         if samples.count != row.n_samples or samples.gap:
             yield (
                 f"benchmark {row.id} ({row.name!r}) has {samples.count} samples where {row.n_samples} belong, one at "
-                f"each position; {_BACKUP}."
+                f"each position; {BACKUP}."
             )
         elif found != row.content_hash:
             yield (
                 f"benchmark {row.id} ({row.name!r}): its samples hash to {found[:12]}, its content hash is "
-                f"{row.content_hash[:12]}; {_BACKUP}."
+                f"{row.content_hash[:12]}; {BACKUP}."
             )
 
 
@@ -187,7 +187,7 @@ def _artifacts(connection: Connection, hashes: Hashes) -> Iterator[str]:
         kept = select(artifact.c.kind, artifact.c.content).where(artifact.c.hash == hash)
         kind, content = connection.execute(kept).one()
         if hashes.artifact(kind, bytes(content)) != hash:
-            yield f"artifact {hash[:12]} ({kind}): its content does not have this hash; {_BACKUP}."
+            yield f"artifact {hash[:12]} ({kind}): its content does not have this hash; {BACKUP}."
 
 
 # --- a job --------------------------------------------------------------------------------------------------
@@ -198,17 +198,17 @@ def _end(connection: Connection, row: Row[Any], state: JobState, runs: list[RunR
     if state is not JobState.DONE:
         return
     if not runs:
-        yield f"job {row.id} is done and has no runs; {_BACKUP}, or submit it again."
+        yield f"job {row.id} is done and has no runs; {BACKUP}, or submit it again."
     unfinished = select(func.count(), func.min(task.c.id)).where(
         task.c.job_id == row.id, task.c.state.in_([TaskState.READY, TaskState.LEASED, TaskState.DEAD])
     )
     count, first = connection.execute(unfinished).one()
     if count:
-        yield f"job {row.id} is done and has {count} tasks that are not, {first} first; {_BACKUP}, or submit it again."
+        yield f"job {row.id} is done and has {count} tasks that are not, {first} first; {BACKUP}, or submit it again."
     for one in runs:
         if one.summary is None:
             yield (
-                f"job {row.id} is done and run {one.id} ({one.policy} on {one.benchmark}) has no summary; {_BACKUP}, "
+                f"job {row.id} is done and run {one.id} ({one.policy} on {one.benchmark}) has no summary; {BACKUP}, "
                 "or submit it again."
             )
 
@@ -243,62 +243,6 @@ def _covered(extents: list[tuple[int, int]], n_batches: int) -> int | None:
     return times if moved == {0: times, n_batches: -times} and times > 0 else None
 
 
-_OUTSIDE = text("""
-SELECT o.run_id, count(*) AS n, min(o.sample_id) AS first
-FROM outcome o JOIN run r ON r.id = o.run_id LEFT JOIN sample s ON s.id = o.sample_id
-  LEFT JOIN task t ON t.id = o.task_id AND t.job_id = r.job_id AND t.kind = 'shard' AND t.state = 'done'
-    AND t.benchmark_id = r.benchmark_id
-WHERE r.job_id = :job AND NOT coalesce(s.benchmark_id = r.benchmark_id
-  AND s.position >= t.first_batch * :batch_size AND s.position < t.end_batch * :batch_size, false)
-GROUP BY o.run_id ORDER BY o.run_id
-""")
-_COUNTS = """
-SELECT o.run_id, count(*) AS n, min(o.sample_id) AS first
-FROM outcome o JOIN run r ON r.id = o.run_id
-WHERE r.job_id = :job AND ({wrong})
-GROUP BY o.run_id ORDER BY o.run_id
-"""
-_EXPECTED = (
-    "CASE WHEN o.error IS NULL THEN o.n_tokens + CASE WHEN o.finish = 'stop' THEN 1 ELSE 0 END"
-    " WHEN o.n_tokens = 0 THEN -1 ELSE -2 END"
-)
-_COUNTED = {
-    "sqlite": text(
-        _COUNTS.format(
-            wrong="CASE WHEN o.tokens IS NULL THEN -1 WHEN json_valid(o.tokens) THEN json_array_length(o.tokens)"
-            f" ELSE -3 END <> {_EXPECTED}"
-        )
-    ),
-    "postgresql": text(
-        _COUNTS.format(
-            wrong=" OR ".join(
-                f"coalesce(cardinality(o.{array}), -1) <> {_EXPECTED}"
-                for array in ("token_ids", "exit_layers", "layers_run", "decisions", "confidences")
-            )
-            + " OR cardinality(o.drafts) <> cardinality(o.token_ids)"
-        )
-    ),
-}
-
-
-def _damage(connection: Connection, job_id: int) -> Iterator[tuple[int, str]]:
-    """(run, sentence) for runs whose outcomes cannot be counted."""
-    pinned = connection.execute(select(job.c.pinned).where(job.c.id == job_id)).scalar_one()
-    asked = {"job": job_id, "batch_size": (pinned or {}).get("batch_size", 0)}
-    for run_id, n, first in connection.execute(_OUTSIDE, asked):
-        yield (
-            run_id,
-            f"run {run_id} of job {job_id}: {n} outcomes lie outside the done shards that they name, that of sample "
-            f"{first} first; {_BACKUP}, or submit the job again.",
-        )
-    for run_id, n, first in connection.execute(_COUNTED[connection.dialect.name], {"job": job_id}):
-        yield (
-            run_id,
-            f"run {run_id} of job {job_id}: {n} outcomes have another number of token records than they count, that of "
-            f"sample {first} first; {_BACKUP}, or submit the job again.",
-        )
-
-
 # --- a run --------------------------------------------------------------------------------------------------
 
 
@@ -323,13 +267,13 @@ def _run(connection: Connection, row: Row[Any], state: JobState, one: RunRow, sh
         if n:
             name = _first_without_outcome(connection, one, shards, task_id)
             yield (
-                f"{where}: {n} samples of shard {task_id}, which is done, have no outcome, {name!r} first; {_BACKUP}, "
+                f"{where}: {n} samples of shard {task_id}, which is done, have no outcome, {name!r} first; {BACKUP}, "
                 "or submit the job again."
             )
     if state is JobState.DONE and not any(lacking.values()) and sum(seen.values()) != shards.n_samples:
         yield (
             f"{where}: {sum(seen.values())} of {shards.n_samples} samples have an outcome though the job is done; "
-            f"{_BACKUP}, or submit the job again."
+            f"{BACKUP}, or submit the job again."
         )
     yield from _strays(connection, one, where, batches, scored)
 
@@ -338,12 +282,12 @@ def _strays(connection: Connection, one: RunRow, where: str, batches: int, score
     """Timings and scores in force that belong to no outcome."""
     timings = connection.execute(select(func.count()).where(timing.c.run_id == one.id)).scalar_one()
     if timings != batches:
-        yield f"{where}: {timings - batches} batches are timed outside its done shards; {_BACKUP}."
+        yield f"{where}: {timings - batches} batches are timed outside its done shards; {BACKUP}."
     revision = select(run.c.score_revision).where(run.c.id == one.id).scalar_subquery()
     scores = select(func.count()).where(score.c.run_id == one.id, score.c.revision == revision)
     scores_kept = connection.execute(scores).scalar_one()
     if scores_kept != scored:
-        yield f"{where}: {scores_kept - scored} scores are of samples without an outcome; {_BACKUP}."
+        yield f"{where}: {scores_kept - scored} scores are of samples without an outcome; {BACKUP}."
 
 
 def _first_without_outcome(connection: Connection, one: RunRow, shards: _Shards, task_id: int) -> str:

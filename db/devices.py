@@ -16,13 +16,13 @@ Kernels = dict[str, list[str]]
 
 def device_plan(db: Database, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What the device class `name` reaches. `measure` is called where nobody knows yet; the first writer wins."""
-    known = _plan(db, name)
+    known = known_plan(db, name)
     if known is not None:
         return known
     measured = measure()  # takes seconds: outside any transaction
     with db.write() as connection:
         insert_new(connection, device_class, {"name": name, "plan": measured, "created_at": now()})
-    plan = _plan(db, name)
+    plan = known_plan(db, name)
     assert plan is not None
     return plan
 
@@ -61,7 +61,8 @@ def kernels_of(db: Database, job_id: int) -> dict[str, Kernels]:
         return dict(connection.execute(noted.order_by(job_kernels.c.device_class)).all())
 
 
-def _plan(db: Database, name: str) -> dict[str, Any] | None:
+def known_plan(db: Database, name: str) -> dict[str, Any] | None:
+    """What the device class `name` reaches; None where nobody has measured it for this record."""
     with db.read() as connection:
         plan = connection.execute(select(device_class.c.plan).where(device_class.c.name == name)).scalar_one_or_none()
     return None if plan is None else dict(plan)

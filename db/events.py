@@ -35,6 +35,8 @@ class What(StrEnum):
     POLICY_ADDED = "policy added"  #: it was done, and goes on with the runs of one more policy
     POLICY_TAKEN_BACK = "policy taken back"  #: it was cancelled meanwhile, and is done as it was before
     IMPORTED = "imported"  #: it came from another record, and has ended there
+    LABELLED = "labelled"  #: what a judge said of its completions was imported
+    COMPLETIONS_IMPORTED = "completions imported"  #: it was done, and ends again with a run that was made elsewhere
     RESCORING = "rescoring"  #: it had ended; new scores are written, under a revision of their own
 
 

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from db.errors import BadInput
+from db.trace_parquet import CELL_FIELDS
 
 #: raised when what stands below changes
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 #: the artifact of a job that has one
 EXITS = "exits"
@@ -103,6 +104,16 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("value", pa.float64()),
         ]
     ),
+    "labels": pa.schema(
+        [
+            ("benchmark", pa.int32()),
+            ("sample", pa.int32()),
+            ("text", pa.string()),
+            ("judge", pa.string()),
+            ("accepted", pa.bool_()),
+            ("at", pa.float64()),
+        ]
+    ),
     "timings": pa.schema(
         [
             ("run", pa.int32()),
@@ -114,6 +125,15 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("drafted", pa.int64()),
             ("drafts_kept", pa.int64()),
             ("full_decode_ns", pa.int64()),
+        ]
+    ),
+    "traces": pa.schema(
+        [
+            ("run", pa.int32()),
+            ("sample", pa.int32()),
+            ("prompt_tokens", pa.int32()),
+            ("prompt_key", pa.int64()),
+            *CELL_FIELDS,
         ]
     ),
 }

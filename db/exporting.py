@@ -18,9 +18,11 @@ from db.partial import is_partial
 from db.records import JobState, RunRow, SampleRow
 from db.recount import snapshot, stream
 from db.session import Database
-from db.tables import artifact, benchmark, job, job_kernels, outcome, run, sample, score, task, timing
+from db.tables import artifact, benchmark, job, job_kernels, label, outcome, run, sample, score, task, timing
 from db.token_columns import selection, tokens_from
 from db.token_parquet import token_columns
+from db.trace_parquet import trace_columns
+from db.traces import read_traces
 
 #: samples read at once
 _WINDOW = 500
@@ -107,6 +109,7 @@ def _write(connection: Connection, row: Row[Any], folder: Path) -> dict[str, Any
         ("runs", [_run_rows(runs, benchmarks)]),
         ("tasks", [_task_rows(tasks, places, benchmarks)]),
         ("scores", _scores(connection, runs)),
+        ("labels", [_labels(connection, row.id, benchmarks)]),
         ("timings", _timings(connection, runs)),
     ):
         with _File(folder, name) as file:
@@ -116,6 +119,9 @@ def _write(connection: Connection, row: Row[Any], folder: Path) -> dict[str, Any
     with _File(folder, "completions") as completions, _File(folder, "tokens") as tokens:
         _outcomes(connection, runs, places, completions, tokens)
     files |= {"completions": _facts(completions), "tokens": _facts(tokens)}
+    with _File(folder, "traces") as traces:
+        _traces(connection, row, runs, traces)
+    files["traces"] = _facts(traces)
     kernels = select(job_kernels.c.device_class, job_kernels.c.kernels).where(job_kernels.c.job_id == row.id)
     return {
         "job": {name: getattr(row, name) for name in _JOB},
@@ -198,6 +204,17 @@ def _scores(connection: Connection, runs: list[RunRow]) -> Iterator[list[tuple[A
             yield sorted((place, *row) for row in connection.execute(chosen))
 
 
+def _labels(connection: Connection, job_id: int, benchmarks: dict[int, int]) -> list[tuple[Any, ...]]:
+    """In one order on both databases: they sort texts differently."""
+    columns = [
+        sample.c.benchmark_id,
+        sample.c.position,
+        *(label.c[name] for name in ("text", "judge", "accepted", "at")),
+    ]
+    rows = connection.execute(select(*columns).join_from(label, sample).where(label.c.job_id == job_id))
+    return sorted((benchmarks[row.benchmark_id], *row[1:]) for row in rows)
+
+
 def _timings(connection: Connection, runs: list[RunRow]) -> Iterator[list[tuple[Any, ...]]]:
     columns = [timing.c[name] for name in SCHEMAS["timings"].names if name != "run"]
     for place, one in enumerate(runs):
@@ -220,6 +237,16 @@ def _outcomes(
             completions.add((place, row[0], places[row[1]], *row[2:n]) for row in rows)
             arrays = [(row[0], tokens_from(dialect, row[n:])) for row in rows]
             tokens.add_columns(token_columns(place, [(at, one) for at, one in arrays if one is not None]))
+
+
+def _traces(connection: Connection, row: Row[Any], runs: list[RunRow], file: _File) -> None:
+    pinned = row.pinned or {}
+    if pinned.get("trace") is None:
+        return
+    points = sorted({*pinned["exit_points"], pinned["n_layers"]})
+    for place, one in enumerate(runs):
+        for first in _windows(connection, one):
+            file.add_columns(trace_columns(place, read_traces(connection, one, first, first + _WINDOW), points))
 
 
 def _windows(connection: Connection, one: RunRow) -> range:

@@ -23,9 +23,10 @@ from db.errors import BadInput, NewerSchema, OlderSchema
 from db.events import What
 from db.exchange import EXITS, SCHEMAS, batches, damaged, read_manifest, rows
 from db.jobs import runs_of
+from db.labels import hash_of
 from db.partial import IMPORTED, PRUNED
 from db.queue import NEW_TASK
-from db.records import JobState, OutcomeRow, SampleRow, ScoreRow
+from db.records import JobState, OutcomeRow, SampleRow, ScoreRow, TraceRow
 from db.recount import recount, snapshot
 from db.score_rows import insert_scores
 from db.session import Database
@@ -36,6 +37,7 @@ from db.tables import (
     insert_new,
     job,
     job_kernels,
+    label,
     rollup,
     run,
     sample,
@@ -44,6 +46,8 @@ from db.tables import (
 )
 from db.token_columns import insert_outcomes
 from db.token_parquet import TokensOfExport
+from db.trace_parquet import exported_traces
+from db.traces import insert_traces
 
 #: whom an imported job belongs to; its key is the export's id
 PRINCIPAL = "import"
@@ -199,6 +203,7 @@ class _Import:
             self.tasks = _tasks_of(connection, job_id)
             self._error = connection.execute(select(job.c.error).where(job.c.id == job_id)).scalar_one()
         self.runs = [one.id for one in runs]
+        self.samples_of_benchmark = [samples[id] for id in ids]
         self.samples_of_run = [samples[one.benchmark_id] for one in runs]
 
     def go_on(self) -> bool:
@@ -253,7 +258,9 @@ class _Import:
         yield from self._outcomes()
         yield from self._scores()
         yield from self._timings()
+        yield from self._traces()
         yield from self._rollups()
+        yield from self._labels()
 
     def _outcomes(self) -> Iterator[_Piece]:
         """Completions and tokens come in the same order."""
@@ -275,7 +282,7 @@ class _Import:
 
     def _scores(self) -> Iterator[_Piece]:
         revisions = dict.fromkeys(self.runs, _REVISION)
-        for piece in _pieces(rows(self.folder, "scores")):
+        for piece in _pieces_of_completions(rows(self.folder, "scores")):
             scores = [
                 ScoreRow(self.runs[place], self.samples_of_run[place][position], metric, version, value)
                 for place, position, metric, version, value in piece
@@ -288,6 +295,14 @@ class _Import:
             values = [{"run_id": self.runs[row[0]]} | dict(zip(names, row[1:], strict=True)) for row in piece]
             yield len(piece), partial(_insert, insert(timing), values)
 
+    def _traces(self) -> Iterator[_Piece]:
+        found = (
+            TraceRow(self.runs[place], self.samples_of_run[place][position], tokens, key, arrays)
+            for place, position, tokens, key, arrays in exported_traces(batches(self.folder, "traces"))
+        )
+        for piece in _pieces(found):
+            yield len(piece), partial(insert_traces, traces=piece)
+
     def _rollups(self) -> Iterator[_Piece]:
         """Counted from what is there by now."""
         with snapshot(self.db) as connection:
@@ -295,6 +310,22 @@ class _Import:
                 counted = ({"run_id": one.id, "task_id": s.task_id} | vars(s.sums) for s in recount(connection, one))
                 for piece in _pieces(counted):
                     yield len(piece), partial(_insert, insert(rollup), piece)
+
+    def _labels(self) -> Iterator[_Piece]:
+        for piece in _pieces(rows(self.folder, "labels")):
+            values = [
+                {
+                    "job_id": self.job_id,
+                    "sample_id": self.samples_of_benchmark[place][position],
+                    "text_hash": hash_of(text),
+                    "text": text,
+                    "judge": judge,
+                    "accepted": accepted,
+                    "at": at,
+                }
+                for place, position, text, judge, accepted, at in piece
+            ]
+            yield len(piece), partial(_insert, insert(label), values)
 
 
 def _insert(statement: Any, values: list[dict[str, Any]], connection: Connection) -> None:
@@ -356,4 +387,16 @@ def _inconsistent(folder: Path, complaint: str) -> BadInput:
 def _pieces(values: Iterable[Any]) -> Iterator[list[Any]]:
     ahead = iter(values)
     while piece := list(islice(ahead, _ROWS)):
+        yield piece
+
+
+def _pieces_of_completions(scores: Iterable[Sequence[Any]]) -> Iterator[list[Sequence[Any]]]:
+    """The scores of one completion are written together."""
+    piece: list[Sequence[Any]] = []
+    for _, of_completion in groupby(scores, key=lambda row: tuple(row[:2])):
+        piece.extend(of_completion)
+        if len(piece) >= _ROWS:
+            yield piece
+            piece = []
+    if piece:
         yield piece

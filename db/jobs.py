@@ -46,6 +46,7 @@ __all__ = [
     "dead_tasks",
     "fail_job",
     "finished",
+    "insert_job",
     "job",
     "list_jobs",
     "pause_job",
@@ -79,15 +80,32 @@ def create_job(
     new |= {"principal": principal, "idempotency_key": idempotency_key, "body_hash": body_hash}
     with db.write() as connection:
         if idempotency_key is None:
-            job_id: int = connection.execute(insert(job_table).values(new).returning(job_table.c.id)).scalar_one()
-        else:
-            is_new = insert_new(connection, job_table, new)
-            job_id = _of_key(connection, principal, idempotency_key, body_hash)
-            if not is_new:
-                return job_id
-        connection.execute(insert(task).values(NEW_TASK | {"job_id": job_id, "kind": "prepare", "priority": priority}))
-        events.record(connection, job_id, principal, What.SUBMITTED)
+            return _insert_job(connection, new)
+        is_new = insert_new(connection, job_table, new)
+        job_id = _of_key(connection, principal, idempotency_key, body_hash)
+        if is_new:
+            _begin(connection, job_id, new)
     return job_id
+
+
+def insert_job(
+    connection: Connection, *, name: str, spec: dict[str, Any], priority: int, principal: str, schedule: str
+) -> int:
+    """As `create_job`, inside the caller's transaction: a job that the schedule of this name asks for."""
+    new = {"name": name, "spec": spec, "state": JobState.PREPARING, "priority": priority, "created_at": now()}
+    return _insert_job(connection, new | {"principal": principal}, schedule=schedule)
+
+
+def _insert_job(connection: Connection, new: dict[str, Any], **detail: Any) -> int:
+    job_id: int = connection.execute(insert(job_table).values(new).returning(job_table.c.id)).scalar_one()
+    _begin(connection, job_id, new, **detail)
+    return job_id
+
+
+def _begin(connection: Connection, job_id: int, new: dict[str, Any], **detail: Any) -> None:
+    prepare = {"job_id": job_id, "kind": "prepare", "priority": new["priority"]}
+    connection.execute(insert(task).values(NEW_TASK | prepare))
+    events.record(connection, job_id, new["principal"], What.SUBMITTED, **detail)
 
 
 def _of_key(connection: Connection, principal: str, key: str, body_hash: str | None) -> int:

@@ -40,14 +40,13 @@ def plan_job(
     Samples are written once per content hash; runs are every policy on every benchmark. Raises `LeaseLost`, and
     `BadInput` where a benchmark is empty, there twice, or changed under its old name and version.
     """
-    _check(benchmarks, policies)
+    check(benchmarks, policies)
     with db.write() as connection:
         if not complete(connection, lease):
             return
         _keep_artifacts(connection, artifacts)
-        # in one order for all jobs: two that bring the same benchmarks wait for each other, never in a circle
-        ids = {b.content_hash: _keep_benchmark(connection, b) for b in sorted(benchmarks, key=lambda b: b.content_hash)}
-        _add_runs(connection, lease.job_id, benchmarks, ids, policies)
+        ids = keep_benchmarks(connection, benchmarks)
+        add_runs(connection, lease.job_id, benchmarks, ids, policies)
         ready = update(job).where(job.c.id == lease.job_id).values(state=JobState.READY, pinned=pinned)
         priority = connection.execute(ready.returning(job.c.priority)).scalar_one()
         decoded = pinned.get("max_new_tokens", 0) * len(policies)
@@ -77,7 +76,7 @@ def add_policy(db: Database, job_id: int, policy: PlannedPolicy, *, who: str = L
             raise Conflict(f"policies: job {job_id} has {policy.label!r} already; give the new one another name.")
         for place, benchmark_id in enumerate(dict.fromkeys(one.benchmark_id for one in runs)):
             of_benchmark = [one for one in runs if one.benchmark_id == benchmark_id]
-            _add_run(connection, of_benchmark, place, policy)
+            add_run(connection, of_benchmark, place, policy)
         shards = _add_shards_again(connection, found, {one.benchmark_id for one in runs})
         spec = found.spec | {"policies": [*found.spec.get("policies", []), policy.spec]}
         again = {"state": JobState.RUNNING, "finished_at": None, "paused": False, "spec": spec}
@@ -87,18 +86,24 @@ def add_policy(db: Database, job_id: int, policy: PlannedPolicy, *, who: str = L
         events.record(connection, job_id, who, What.POLICY_ADDED, policy=policy.spec, **before)
 
 
-def _add_run(connection: Connection, earlier: Sequence[Row[Any]], place: int, policy: PlannedPolicy) -> None:
-    """Behind the other runs of its benchmark, with the scores' revision that they have.
+def add_run(connection: Connection, earlier: Sequence[Row[Any]], place: int, policy: PlannedPolicy) -> int:
+    """Behind the other runs of its benchmark, with the scores' revision that they have. Returns its id.
 
-    place: of the benchmark; so many runs were added before these, which move on by as many places.
+    place: so many runs were added before these, which move on by as many places.
     """
+    move_on(connection, earlier, place)
     last = earlier[-1]
-    for one in earlier if place else ():
-        connection.execute(update(run).where(run.c.id == one.id).values(position=one.position + place))
     row = {name: getattr(last, name) for name in ("job_id", "benchmark_id", "benchmark", "score_revision")}
     row |= {"position": last.position + place + 1}
     row |= {"policy": policy.label, "policy_kind": policy.kind, "policy_spec": policy.spec}
-    connection.execute(insert(run).values(row))
+    id: int = connection.execute(insert(run).values(row).returning(run.c.id)).scalar_one()
+    return id
+
+
+def move_on(connection: Connection, runs: Sequence[Row[Any]], places: int) -> None:
+    """In the report's order."""
+    for one in runs if places else ():
+        connection.execute(update(run).where(run.c.id == one.id).values(position=one.position + places))
 
 
 def _add_shards_again(connection: Connection, of_job: Row[Any], benchmark_ids: Collection[int]) -> Sequence[int]:
@@ -121,7 +126,8 @@ def batch_costs(prompts: Sequence[int], batch_size: int, decoded: int) -> list[i
     return [len(batch) * (max(batch) + DECODED_COST * decoded) for batch in batches]
 
 
-def _check(benchmarks: Sequence[PlannedBenchmark], policies: Sequence[PlannedPolicy]) -> None:
+def check(benchmarks: Sequence[PlannedBenchmark], policies: Sequence[PlannedPolicy]) -> None:
+    """Raises `BadInput` for benchmarks and policies that cannot be kept together as one job."""
     if not benchmarks or not policies:
         raise BadInput(
             f"a job with {len(benchmarks)} benchmarks and {len(policies)} policies has no runs; add what lacks."
@@ -151,6 +157,13 @@ def _check_text(planned: PlannedBenchmark) -> None:
 def _keep_artifacts(connection: Connection, artifacts: Sequence[tuple[str, str, bytes]]) -> None:
     for kind, hash, content in sorted(artifacts, key=lambda artifact: artifact[1]):
         insert_new(connection, artifact, {"hash": hash, "kind": kind, "content": content, "created_at": now()})
+
+
+def keep_benchmarks(connection: Connection, benchmarks: Sequence[PlannedBenchmark]) -> dict[str, int]:
+    """Their ids by content hash, written now unless they were before. Raises `BadInput` for a name that is taken."""
+    # in one order for all jobs: two that bring the same benchmarks wait for each other, never in a circle
+    ordered = sorted(benchmarks, key=lambda one: one.content_hash)
+    return {planned.content_hash: _keep_benchmark(connection, planned) for planned in ordered}
 
 
 def _keep_benchmark(connection: Connection, planned: PlannedBenchmark) -> int:
@@ -190,13 +203,14 @@ def _keep_name(connection: Connection, planned: PlannedBenchmark, benchmark_id: 
         )
 
 
-def _add_runs(
+def add_runs(
     connection: Connection,
     job_id: int,
     benchmarks: Sequence[PlannedBenchmark],
     ids: dict[str, int],
     policies: Sequence[PlannedPolicy],
 ) -> None:
+    """Every policy on every benchmark. ids: of the benchmarks, by content hash."""
     rows = [
         {
             "job_id": job_id,

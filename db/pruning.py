@@ -34,21 +34,26 @@ from db.events import What
 from db.partial import PRUNED
 from db.queue import close_tasks
 from db.records import JobState, TaskState
+from db.schedule_tables import schedule
 from db.session import Database
 from db.tables import (
     artifact,
     benchmark,
     benchmark_name,
+    corpus_overlap,
     job,
     job_event,
     job_kernels,
+    label,
     outcome,
+    overlapping_sample,
     rollup,
     run,
     sample,
-    score,
+    score_row,
     task,
     timing,
+    trace,
 )
 
 #: rows that one transaction removes at the most
@@ -56,11 +61,11 @@ _ROWS = 5_000
 _ENDED = [state for state in JobState if state.ended]
 
 #: what hangs on a job, each before what it refers to: by run, then by job
-OF_RUN = (score, timing, rollup, outcome)
-OF_JOB = (task, run, job_kernels)
+OF_RUN = (score_row, timing, rollup, trace, outcome)
+OF_JOB = (label, task, run, job_kernels)
 
 #: foreign keys that PostgreSQL looks up and no index serves: every row that goes would cost a scan of all that remain
-_UNSERVED = ((rollup, "task_id"), (task, "parent_id"))
+_UNSERVED = ((rollup, "task_id"), (task, "parent_id"), (trace, "sample_id"), (label, "sample_id"))
 
 
 @dataclass(frozen=True)
@@ -119,11 +124,16 @@ def planned(db: Database, older_than_s: float) -> Pruned:
 
 
 def _old(older_than_s: float) -> ColumnElement[bool]:
-    """Ended that long ago; a job that came from elsewhere was imported that long ago, too."""
+    """Ended that long ago; a job that came from elsewhere was imported that long ago, too.
+
+    What a schedule is held against stays.
+    """
     moment = now() - older_than_s
+    is_baseline = select(schedule.c.id).where(schedule.c.baseline_job == job.c.id).exists()
     of_job = (job_event.c.job_id == job.c.id, job_event.c.what == What.IMPORTED)
     lately = select(job_event.c.id).where(*of_job, job_event.c.at >= moment).exists()
-    return job.c.state.in_(_ENDED) & or_(and_(job.c.finished_at < moment, ~lately), job.c.error == PRUNED)
+    is_old = or_(and_(job.c.finished_at < moment, ~lately), job.c.error == PRUNED)
+    return job.c.state.in_(_ENDED) & is_old & ~is_baseline
 
 
 def _condemn(db: Database, job_id: int, which: ColumnElement[bool]) -> bool:
@@ -229,6 +239,8 @@ def _remove_benchmarks(db: Database) -> tuple[int, int]:
             connection.execute(update(benchmark).where(benchmark.c.id == benchmark_id).values(mark))
     samples = 0
     for benchmark_id in unused:
+        for table in (overlapping_sample, corpus_overlap):
+            _remove(db, table, table.c.benchmark_id == benchmark_id)
         samples += _remove(db, sample, sample.c.benchmark_id == benchmark_id)
         _remove(db, benchmark, benchmark.c.id == benchmark_id)
     return len(unused), samples

@@ -3,7 +3,7 @@
 from sqlalchemy import Connection, text
 
 #: the views that docs/sql.md describes
-VIEWS = ("token", "completion", "completion_score", "batch", "run_summary")
+VIEWS = ("token", "completion", "completion_score", "completion_label", "batch", "run_summary", "overlap")
 READER = "shortstop_reader"
 
 _CREATE = f"""

@@ -52,7 +52,7 @@ class OutcomeRow:
     sample_id: int
     text: str | None
     error: str | None
-    finish: str | None  #: eos, length, line, stop; None for an error
+    finish: str | None  #: eos, length, line, stop; None for an error, and for a completion made elsewhere
     n_tokens: int  #: tokens written, a stop not counted
     prompt_tokens: int
     cut_tokens: int
@@ -91,12 +91,55 @@ class TimingRow:
 
 
 @dataclass(frozen=True)
+class TraceArrays:
+    """What p exit points, the last of them full depth, predicted for each of the n tokens of a target."""
+
+    targets: npt.NDArray[np.int32]  # [n] the right token
+    tokens: npt.NDArray[np.int32]  # [p, n] the most likely one
+    probabilities: npt.NDArray[np.float32]  # [p, n] of the most likely one
+    margins: npt.NDArray[np.float32]  # [p, n] to the second best probability
+    entropies: npt.NDArray[np.float32]  # [p, n] nats
+    similarities: npt.NDArray[np.float32]  # [p, n] cosine of the state to the one a layer before
+    controller: npt.NDArray[np.float32]  # [p, 3, n] probabilities of continue, exit, stop; nan without a controller
+    ranks: npt.NDArray[np.int32]  # [p, n] tokens more likely than the right one; -1 where the head cannot predict it
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class TraceRow:
+    """The trace of one sample."""
+
+    run_id: int
+    sample_id: int
+    prompt_tokens: int
+    prompt_key: int  #: a number for the prompt's token ids, which the policy `random` draws from
+    arrays: TraceArrays
+
+
+@dataclass(frozen=True)
+class TracedSample:
+    """A sample of a benchmark with its trace."""
+
+    sample_id: int
+    position: int  #: in the benchmark's order
+    name: str
+    source_group: str
+    language: str
+    prompt_tokens: int
+    prompt_key: int
+    arrays: TraceArrays
+
+
+@dataclass(frozen=True)
 class ShardResults:
     """Everything a shard leaves behind, committed in one transaction with its completion."""
 
     outcomes: list[OutcomeRow] = field(default_factory=list)
     scores: list[ScoreRow] = field(default_factory=list)
     timings: list[TimingRow] = field(default_factory=list)
+    traces: list[TraceRow] = field(default_factory=list)
 
 
 class JobState(StrEnum):

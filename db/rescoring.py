@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Connection, FromClause, Row, and_, delete, func, select, update
 
 from db import events, schema
+from db.elsewhere import KIND
 from db.errors import BadInput
 from db.events import LOCAL, What
 from db.jobs import runs_of
@@ -21,7 +22,7 @@ from db.records import JobState, RunData, RunRow, ScoreRow
 from db.rollups import ScoreSums, add_scores, replace_scores
 from db.score_rows import insert_scores
 from db.session import Database
-from db.tables import benchmark, job, job_event, outcome, run, sample, score
+from db.tables import benchmark, job, job_event, outcome, run, sample, score, score_row
 from db.token_columns import selection, tokens_from
 
 #: samples of a benchmark whose scores are written in one transaction
@@ -38,7 +39,7 @@ class Completed:
 
     text: str
     reference: str
-    token_ids: list[int] | None = None  #: a stop has none; None where tokens were not asked for
+    token_ids: list[int] | None = None  #: a stop has none; None where tokens were not asked for, or made elsewhere
     full_token_ids: list[int] | None = None  #: of the `full` run; None also where that ended with an error
     prompt: str | None = None  #: None where tests were not asked for
     test: str | None = None  #: of the sample; None also where it has none
@@ -83,10 +84,10 @@ class _Window:
         of_benchmark = sample.c.benchmark_id == self.runs[0].benchmark_id
         return and_(of_benchmark, sample.c.position >= self.first, sample.c.position < self.end)
 
-    @property
-    def scores(self) -> ColumnElement[bool]:
+    def scores(self, kept_in: FromClause) -> ColumnElement[bool]:
+        """Of rows of `score` or `score_row`."""
         in_window = select(sample.c.id).where(self.samples)
-        return and_(score.c.run_id.in_(self.run_ids), score.c.sample_id.in_(in_window))
+        return and_(kept_in.c.run_id.in_(self.run_ids), kept_in.c.sample_id.in_(in_window))
 
 
 def rescore(
@@ -198,10 +199,11 @@ def _completed(db: Database, window: _Window, with_tokens: bool) -> list[tuple[R
         rows = connection.execute(chosen).all()
     if not with_tokens:
         return [(row, Completed(row.text, row.reference)) for row in rows]
-    ids = {(row.run_id, row.sample_id): _token_ids(db.dialect, row) for row in rows}
+    ours = {one.id for one in window.runs if one.policy_kind != KIND}
+    ids = {(row.run_id, row.sample_id): _token_ids(db.dialect, row) for row in rows if row.run_id in ours}
     full = next((one.id for one in window.runs if one.policy_kind == "full"), None)
     return [
-        (row, Completed(row.text, row.reference, ids[row.run_id, row.sample_id], ids.get((full, row.sample_id))))
+        (row, Completed(row.text, row.reference, ids.get((row.run_id, row.sample_id)), ids.get((full, row.sample_id))))
         for row in rows
     ]
 
@@ -225,14 +227,13 @@ def _token_ids(dialect: str, row: Row[Any]) -> list[int]:
 
 def _write_window(db: Database, attempt: _Attempt, window: _Window, scores: Sequence[ScoreRow]) -> None:
     """The new scores, and a copy of the others in force."""
-    columns = [score.c[name] for name in ("run_id", "sample_id", "metric", "version", "value")]
-    kept = select(literal(attempt.revision), *columns).where(
-        window.scores, score.c.revision == attempt.base, score.c.metric.not_in(list(attempt.metrics))
-    )
+    columns = [score.c[name] for name in ScoreRow.__dataclass_fields__]
+    others = (score.c.revision == attempt.base, score.c.metric.not_in(list(attempt.metrics)))
+    chosen = select(*columns).where(window.scores(score), *others).order_by(*columns[:3])
     with db.write() as connection:
         _check_unchanged(connection, attempt)
-        connection.execute(insert(score).from_select([score.c.revision, *columns], kept))
-        insert_scores(connection, scores, dict.fromkeys(window.run_ids, attempt.revision))
+        kept = [ScoreRow(*row) for row in connection.execute(chosen)]
+        insert_scores(connection, [*kept, *scores], dict.fromkeys(window.run_ids, attempt.revision))
 
 
 def _summaries(
@@ -281,10 +282,11 @@ def _in_force(connection: Connection, job_id: int) -> int:
 def _delete(db: Database, attempt: _Attempt, revision: int) -> None:
     """All scores of a revision, a short transaction each window."""
     run_ids = [one.id for one in attempt.runs]
-    some = select(score.c.run_id).where(score.c.run_id.in_(run_ids), score.c.revision == revision).limit(1)
+    of_revision = score_row.c.revision == revision
+    some = select(score_row.c.run_id).where(score_row.c.run_id.in_(run_ids), of_revision).limit(1)
     with db.read() as connection:
         if connection.execute(some).first() is None:
             return
     for window in _windows(db, attempt):
         with db.write() as connection:
-            connection.execute(delete(score).where(window.scores, score.c.revision == revision))
+            connection.execute(delete(score_row).where(window.scores(score_row), of_revision))

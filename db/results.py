@@ -20,6 +20,7 @@ from db.score_rows import scores_sent
 from db.session import Database
 from db.tables import benchmark, job, outcome, run, sample, task, timing
 from db.token_columns import insert_outcomes
+from db.traces import insert_traces
 
 __all__ = [
     "ClaimedShard",
@@ -96,6 +97,7 @@ def commit_shard(
         insert_outcomes(connection, done.task_id, results.outcomes)
         if results.timings:
             connection.execute(insert(timing), [vars(row) for row in results.timings])
+        insert_traces(connection, results.traces)
         insert_rollups(connection, done.task_id, sums)
 
 
@@ -147,8 +149,9 @@ def _check_complete(connection: Connection, lease: Lease, results: ShardResults)
             f"shard {lease.task_id} needs an outcome for each of {len(wanted)} samples under a policy and got "
             f"{len(results.outcomes)}, {len(found & wanted)} of them its own; evaluate its batches again."
         )
-    if not {(score.run_id, score.sample_id) for score in results.scores} <= found:
-        raise RecordError(f"shard {lease.task_id} got scores of samples that are not its own; evaluate it again.")
+    scored = {(score.run_id, score.sample_id) for score in results.scores}
+    if not scored | {(trace.run_id, trace.sample_id) for trace in results.traces} <= found:
+        raise RecordError(f"shard {lease.task_id} got scores or traces of samples not its own; evaluate it again.")
     return {one.id: one.score_revision for one in runs}
 
 

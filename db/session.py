@@ -14,7 +14,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from db import schema
-from db.errors import BadInput, RecordError, Unavailable
+from db.errors import BadInput, Missing, RecordError, Unavailable
 
 #: how long a statement waits for a lock; well under a lease of 30 s
 BUSY_SECONDS = 5
@@ -100,7 +100,7 @@ def open_database(url: str, *, create: bool = True, patient: bool = False) -> Da
             known = schema.check(connection, database.shown)
         if not known:
             if not create:
-                raise BadInput(f"database {database.shown} holds no record; submit a job first or name another one.")
+                raise Missing(f"database {database.shown} holds no record; submit a job first or name another one.")
             _migrate(database, only_fresh=True)
     except BaseException:
         database.close()
@@ -153,7 +153,7 @@ def _prepare_file(url: URL, *, create: bool) -> None:
         )
     file = Path(str(url.database))
     if not create and not file.exists():
-        raise BadInput(f"database file {str(file)!r} does not exist; submit a job first or name another file.")
+        raise Missing(f"database file {str(file)!r} does not exist; submit a job first or name another file.")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         fresh = not file.exists() or file.stat().st_size == 0

@@ -124,6 +124,32 @@ sample = Table(
     UniqueConstraint("benchmark_id", "position"),
 )
 
+#: that a benchmark was looked for in a corpus
+corpus_overlap = Table(
+    "corpus_overlap",
+    metadata,
+    _refers("benchmark_id", "benchmark.id"),
+    Column("corpus", Text),
+    Column("texts", BigInteger, nullable=False),
+    Column("characters", BigInteger, nullable=False),
+    Column("judged", Integer, nullable=False),
+    Column("looked_at", Double, nullable=False),
+    PrimaryKeyConstraint("benchmark_id", "corpus"),
+)
+
+#: a sample that stands in a corpus in part
+overlapping_sample = Table(
+    "overlapping_sample",
+    metadata,
+    _refers("benchmark_id", "benchmark.id"),
+    Column("corpus", Text),
+    Column("position", Integer),
+    Column("shared", Integer, nullable=False),
+    Column("runs", Integer, nullable=False),
+    Column("found_in", Text, nullable=False),
+    PrimaryKeyConstraint("benchmark_id", "corpus", "position"),
+)
+
 artifact = Table(
     "artifact",
     metadata,
@@ -220,16 +246,54 @@ outcome = Table(
     CheckConstraint("(text IS NULL) <> (error IS NULL)", name="completion_or_error"),
 )
 
-score = Table(
-    "score",
+#: metrics in an order, under a number that their names and versions give: see `db.score_rows`
+metric_list = Table(
+    "metric_list",
+    metadata,
+    Column("list_id", BigInteger),
+    Column("place", Integer),
+    Column("metric", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    PrimaryKeyConstraint("list_id", "place"),
+)
+
+#: the scores that a completion has by one revision, in the order of a list of metrics. Read through the view `score`.
+score_row = Table(
+    "score_row",
     metadata,
     _refers("run_id", "run.id"),
     Column("revision", Integer),
     _refers("sample_id", "sample.id"),
+    Column("list_id", BigInteger, nullable=False),
+    Column("scores", postgresql.ARRAY(Double).with_variant(JSON, "sqlite"), nullable=False),
+    PrimaryKeyConstraint("run_id", "revision", "sample_id"),
+    sqlite_with_rowid=False,
+)
+
+#: a view, hence of no metadata: a row for each score of `score_row`
+score = Table(
+    "score",
+    MetaData(),
+    Column("run_id", BigInteger, ForeignKey(run.c.id)),
+    Column("revision", Integer),
+    Column("sample_id", BigInteger),
     Column("metric", Text),
-    Column("version", Text, nullable=False),
-    Column("value", Double, nullable=False),
-    PrimaryKeyConstraint("run_id", "revision", "sample_id", "metric"),
+    Column("version", Text),
+    Column("value", Double),
+)
+
+#: what judges said of a text that policies wrote for a sample, whichever policies those were
+label = Table(
+    "label",
+    metadata,
+    _refers("job_id", "job.id"),
+    _refers("sample_id", "sample.id"),
+    Column("text_hash", Text),  # SHA-256 (hex): a text may be too long for a key
+    Column("judge", Text),
+    Column("text", Text, nullable=False),
+    Column("accepted", Boolean, nullable=False),
+    Column("at", Double, nullable=False),
+    PrimaryKeyConstraint("job_id", "sample_id", "text_hash", "judge"),
 )
 
 timing = Table(
@@ -248,6 +312,21 @@ timing = Table(
     *_drafts(),
     Column("full_decode_ns", BigInteger),
     PrimaryKeyConstraint("run_id", "batch"),
+)
+
+#: what every exit point predicted for every token of a target: see `db.traces`
+trace = Table(
+    "trace",
+    metadata,
+    _refers("run_id", "run.id"),
+    _refers("sample_id", "sample.id"),
+    Column("layout", Integer, nullable=False),
+    Column("n_points", Integer, nullable=False),
+    Column("n_tokens", Integer, nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("prompt_key", BigInteger, nullable=False),
+    Column("content", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("run_id", "sample_id"),
 )
 
 _SUMS = (
@@ -300,6 +379,23 @@ job_kernels = Table(
     PrimaryKeyConstraint("job_id", "device_class"),
 )
 
+#: two runs of the same spec, and by how much they differed in speed: kept when the runs themselves are gone
+noise_pair = Table(
+    "noise_pair",
+    metadata,
+    Column("run_a", Id),
+    Column("run_b", Id),
+    Column("device_class", Text),
+    Column("content_hash", Text, nullable=False),
+    Column("policy", Text, nullable=False),
+    # logarithms of A's time over B's: of a token, of a request
+    Column("log_token", Double, nullable=False),
+    Column("log_request", Double, nullable=False),
+    Column("measured_at", Double, nullable=False),
+    PrimaryKeyConstraint("run_a", "run_b", "device_class"),
+    Index("ix_noise_pair_content_hash", "content_hash", "policy", "device_class"),
+)
+
 #: what lets a client in; the secret itself is known to its owner only
 api_key = Table(
     "api_key",
@@ -328,7 +424,7 @@ browser_session = Table(
 #: writes them holds the shard (the fence) or the job (`db.rescoring`); what they refer to goes after them, and when
 #: nobody can write any more (`db.pruning`); `db.checks` finds what lacks.
 UNCHECKED_ON_POSTGRESQL = frozenset(
-    (table.name, key.parent.name) for table in (outcome, score) for key in table.foreign_keys
+    (table.name, key.parent.name) for table in (outcome, score_row) for key in table.foreign_keys
 )
 
 
@@ -337,3 +433,6 @@ def insert_new(connection: Connection, table: Table, values: dict[str, Any]) -> 
     insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
     written = insert(table).values(values).on_conflict_do_nothing().returning(*table.primary_key)
     return connection.execute(written).first() is not None
+
+
+import db.schedule_tables  # noqa: E402, F401 - of the same metadata, and a file of their own

@@ -8,18 +8,17 @@ Both ways write through the driver's own connection, inside the transaction that
 
 import struct
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sqlalchemy import ColumnElement, Connection, literal_column
 
-from db.binary_copy import NULL, copied_rows, elements, text_field
+from db.binary_copy import NULL, array_header, copied_rows, elements, text_field
 from db.errors import RecordError
 from db.queue import storable
 from db.records import OutcomeRow, TokenArrays
-from db.token_json import FIELDS, NUMPY_TYPES, from_json, to_json
+from db.token_json import FIELDS, NUMPY_TYPES, from_json, ids_from_json, to_json
 
 #: numpy type in PostgreSQL's byte order, and the type's object id in its catalogue (int4, int2, float4)
 _POSTGRESQL_TYPES = ((">i4", 23), (">i2", 21), (">i2", 21), (">i2", 21), (">f4", 700), (">i2", 21))
@@ -62,6 +61,21 @@ def tokens_from(dialect: str, columns: Sequence[Any]) -> TokenArrays | None:
     if columns[0] is None:
         return None
     return from_json(columns[0]) if dialect == "sqlite" else _from_arrays(columns)
+
+
+def ids_selection(dialect: str, alias: str) -> ColumnElement[Any]:
+    """What `ids_from` reads, of `outcome` under another name."""
+    return literal_column(f"{alias}.tokens" if dialect == "sqlite" else f"array_send({alias}.token_ids)").label(
+        f"ids_{alias}"
+    )
+
+
+def ids_from(dialect: str, kept: Any) -> list[int] | None:
+    """The token ids of one outcome, without the place of a stop; None for an error."""
+    if kept is None:
+        return None
+    ids = ids_from_json(kept) if dialect == "sqlite" else _elements(bytes(kept), _POSTGRESQL_TYPES[0][0]).tolist()
+    return ids[:-1] if ids and ids[-1] < 0 else ids
 
 
 def _rows(task_id: int, outcomes: Sequence[OutcomeRow]) -> Iterator[tuple[Any, ...]]:
@@ -117,17 +131,9 @@ def _cut(encoded: bytes, tokens: Sequence[TokenArrays | None], field: str, size:
         n = len(getattr(one, field))
         end = at + n * size
         is_null = field == "drafts" and not np.count_nonzero(one.drafts)  # on ten tokens a fifth of the time of `any`
-        fields.append(NULL if is_null else _array_header(n, size, oid) + encoded[at:end])
+        fields.append(NULL if is_null else array_header(n, size, oid) + encoded[at:end])
         at = end
     return fields
-
-
-@lru_cache(maxsize=10_000)
-def _array_header(n: int, size: int, oid: int) -> bytes:
-    """Field length, dimensions, has-nulls, element type; then for one dimension its length and lower bound."""
-    if n == 0:
-        return struct.pack(">iiii", 12, 0, 0, oid)
-    return struct.pack(">iiiiii", 20 + n * size, 1, 0, oid, n, 1)
 
 
 def _from_arrays(columns: Sequence[bytes | None]) -> TokenArrays:

@@ -45,6 +45,11 @@ def from_json(text: str) -> TokenArrays:
     return TokenArrays(*(np.array(column, dtype) for column, dtype in zip(columns, NUMPY_TYPES, strict=False)))
 
 
+def ids_from_json(text: str) -> list[int]:
+    """The token ids of one outcome, a stop's -1 among them."""
+    return [record[0] for record in json.loads(text)]
+
+
 def _to_json(tokens: list[TokenArrays], fields: Sequence[str]) -> list[str]:
     if not any(map(len, tokens)):
         return ["[]"] * len(tokens)

@@ -1,18 +1,13 @@
-"""What a decode should cost: FLOPs, bytes, and from them the time that this machine needs at best.
+"""What a decode should cost: FLOPs, bytes, and from them the time that a machine needs at best. No torch here.
 
 The ideal of a step is the sum over layers, debts and every head evaluated of max(bytes / bandwidth, FLOPs / peak) (the
 roofline of Williams, Waterman, Patterson 2009), at the number of tokens in hand.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 import numpy as np
-import torch
-
-from engine.stack import LayerStack
-from engine.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -22,14 +17,28 @@ class Machine:
     bandwidth: float
     peak: float
 
-    @classmethod
-    def measure(cls, device: torch.device, dtype: torch.dtype) -> "Machine":
-        """Read 256 MiB, and multiply two square matrices: median of five each, after a warm-up; about half a second."""
-        data = torch.zeros(2**26, device=device)
-        square = torch.ones((1536, 1536), device=device, dtype=dtype)
-        read = _median_seconds(data.sum, device)
-        multiply = _median_seconds(lambda: square @ square, device)
-        return cls(bandwidth=data.nbytes / read, peak=2 * 1536**3 / multiply)
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model its cost hangs on."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_size: int
+    hidden_size: int
+    layer_parameters: int  #: of one layer, that a token multiplies with
+    element_size: int  #: bytes of one parameter
+
+    @property
+    def position(self) -> int:
+        """Numbers that one position's keys and values have in one layer."""
+        return 2 * self.n_kv_heads * self.head_size
+
+    @property
+    def projection(self) -> int:
+        """Parameters that make them."""
+        return self.hidden_size * self.position
 
 
 @dataclass
@@ -62,26 +71,40 @@ class Cost:
     ideal_ns: int
 
 
-def cost(work: Work, stack: LayerStack, machine: Machine) -> Cost:
+def cost(work: Work, shape: Shape, machine: Machine) -> Cost:
     """FLOPs of the work and the time that they need at best on `machine`.
 
     A product of n tokens with P parameters is 2 n P operations and reads P once; attention that looks c times at one of
     r positions reads r keys and values and makes 4 c operations per head element.
     """
-    size = stack.unembedding.element_size()
-    layer, kv = stack.layer_parameters(), 2 * stack.n_kv_heads * stack.head_size
     layers, tokens, context, cached = _columns(work.passes, 4)
-    flops = layers * (2 * layer * tokens + 4 * stack.n_heads * stack.head_size * context)
-    bytes_read = layers * size * (layer + kv * cached)
+    flops, bytes_read = of_layers(shape, layers, tokens, context, cached)
     total, ideal = flops.sum(), _ideal(flops, bytes_read, machine)
-    layers, tokens = _columns(work.fills, 2)
-    projection = stack.hidden_size * kv
-    flops = layers * 2 * projection * tokens
-    total, ideal = total + flops.sum(), ideal + _ideal(flops, layers * size * projection, machine)
-    parameters, states = _columns(work.heads, 2)
-    flops = 2 * parameters * states
-    total, ideal = total + flops.sum(), ideal + _ideal(flops, size * parameters, machine)
+    flops, bytes_read = of_fill(shape, *_columns(work.fills, 2))
+    total, ideal = total + flops.sum(), ideal + _ideal(flops, bytes_read, machine)
+    flops, bytes_read = of_head(shape, *_columns(work.heads, 2))
+    total, ideal = total + flops.sum(), ideal + _ideal(flops, bytes_read, machine)
     return Cost(int(total), int(ideal))
+
+
+#: FLOPs and bytes read
+Price = tuple[np.ndarray, np.ndarray]
+
+
+def of_layers(shape: Shape, layers: np.ndarray, tokens: np.ndarray, context: np.ndarray, cached: np.ndarray) -> Price:
+    """As `Work.run`: tokens that look at `context` positions in all, among `cached` that are read once each."""
+    flops = layers * (2 * shape.layer_parameters * tokens + 4 * shape.n_heads * shape.head_size * context)
+    return flops, layers * shape.element_size * (shape.layer_parameters + shape.position * cached)
+
+
+def of_fill(shape: Shape, layers: np.ndarray, tokens: np.ndarray) -> Price:
+    """As `Work.fill`: only keys and values are projected."""
+    return layers * 2 * shape.projection * tokens, layers * shape.element_size * shape.projection
+
+
+def of_head(shape: Shape, parameters: np.ndarray, states: np.ndarray) -> Price:
+    """As `Work.head`."""
+    return 2 * parameters * states, shape.element_size * parameters
 
 
 def _ideal(flops: np.ndarray, bytes_read: np.ndarray, machine: Machine) -> float:
@@ -90,12 +113,3 @@ def _ideal(flops: np.ndarray, bytes_read: np.ndarray, machine: Machine) -> float
 
 def _columns(rows: Sequence[tuple[int, ...]], width: int) -> list[np.ndarray]:
     return list(np.array(rows, dtype=np.float64).reshape(-1, width).T)
-
-
-def _median_seconds(act: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(6):
-        with Stopwatch(device) as watch:
-            act()
-        times.append(watch.ns / 1e9)
-    return median(times[1:])

@@ -10,7 +10,6 @@ model's own layers as the draft, LayerSkip, Elhoushi et al. 2024).
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from engine.policies import CONTINUE, EXIT, STOP, Batch, Rule, View
 from engine.record import Decision, Finish, TokenRecords
 from engine.spec import PolicySpec
 from engine.stack import LayerStack
+from engine.text import prompt_key
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,28 @@ def prefill(
 
     `allowed` restricts a row's first token to some ids of the vocabulary.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    span = Span(list(range(len(prompts))), [0] * len(prompts), lengths)
-    cache = stack.new_cache(len(prompts), max(lengths) + room)
-    ids = torch.tensor([token for prompt in prompts for token in prompt], device=stack.device)
-    positions = torch.tensor(span.flat[1], device=stack.device)
-    states = stack.run(stack.embed(ids, positions), span, cache, 0, stack.n_layers)
-    logits = stack.unembed(stack.norm(states[span.last]))
+    cache, lengths, logits, keys = first_logits(stack, prompts, room)
     for row, ids_allowed in enumerate(allowed or []):
         if ids_allowed is not None:
             kept = logits[row, ids_allowed]
             logits[row] = -torch.inf
             logits[row, ids_allowed] = kept
     first = choose(logits)
-    keys = [crc32(np.array(prompt, np.int64).tobytes()) for prompt in prompts]
     return Prefill(cache, lengths, Choice(first.tokens, first.confidences), keys)
+
+
+def first_logits(
+    stack: LayerStack, prompts: list[list[int]], room: int
+) -> tuple[KeyValues, list[int], Tensor, list[int]]:
+    """As `prefill`, but for the choice: cache, lengths, logits [rows, vocabulary] of each first token, keys."""
+    lengths = [len(prompt) for prompt in prompts]
+    span = Span(list(range(len(prompts))), [0] * len(prompts), lengths)
+    cache = stack.new_cache(len(prompts), max(lengths) + room)
+    ids = torch.tensor([token for prompt in prompts for token in prompt], device=stack.device)
+    positions = torch.tensor(span.flat[1], device=stack.device)
+    states = stack.run(stack.embed(ids, positions), span, cache, 0, stack.n_layers)
+    keys = [prompt_key(prompt) for prompt in prompts]
+    return cache, lengths, stack.unembed(stack.norm(states[span.last])), keys
 
 
 class Decoding:

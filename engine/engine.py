@@ -12,14 +12,16 @@ from torch import Tensor
 
 from engine import matrices
 from engine.architectures import build_stack, check_family
-from engine.cost import Machine, cost
+from engine.cost import Cost, Machine, Work, cost
 from engine.decode import Decoding, Ends, Prefill, prefill
 from engine.deltas import merge_deltas, read_deltas
 from engine.device import describe_device_class, find_device
 from engine.errors import BadInput, NumericalError, OutOfMemory
 from engine.exits import check_policy, check_weights, exits_hash, find_exits, read_manifest
+from engine.forced import Likelihood, likelihoods
 from engine.heads import Heads
 from engine.loading import load_model, load_tokenizer, resolve_model
+from engine.machine import measure_machine
 from engine.matrices import Matrix
 from engine.memory import memory_errors
 from engine.plans import remembered_plan
@@ -29,6 +31,7 @@ from engine.spec import Compile, DType, PolicySpec, parse_policy
 from engine.stack import LayerStack
 from engine.stopwatch import Stopwatch
 from engine.text import Prompt, Text
+from engine.trace import TracedBatch, Tracing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,7 +155,7 @@ class Engine:
         """What this device reaches, measured once; a worker may set what others measured before it."""
         self._take_threads()
         with torch.inference_mode():
-            return Machine.measure(self.device, getattr(torch, self.dtype))
+            return measure_machine(self.device, getattr(torch, self.dtype))
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -242,7 +245,7 @@ class Engine:
             self._completion(prompt, record, finish)
             for prompt, record, finish in zip(prefilled.prompts, decoding.records, decoding.finishes, strict=True)
         ]
-        price = cost(decoding.work, stack, self.machine)
+        price = self.price(decoding.work)
         written = sum(completion.n_tokens - 1 for completion in completions)
         return Decoded(
             completions,
@@ -253,6 +256,22 @@ class Engine:
             drafted=decoding.drafted,
             drafts_kept=decoding.drafts_kept,
         )
+
+    @memory_errors
+    @torch.inference_mode()
+    def trace(self, prompts: list[Prompt], targets: list[list[int]]) -> TracedBatch:
+        """What every exit point, and full depth behind them, predicts for each token of the targets, teacher-forced.
+
+        targets: token ids, one at least for each prompt. Raises `NumericalError`, `OutOfMemory`.
+        """
+        self._take_threads()
+        _ = self.kernels  # chosen before the clock starts
+        ids = [prompt.token_ids for prompt in prompts]
+        return Tracing(self.stack, self.heads, ids, targets, self._allowed(prompts)).run()
+
+    def price(self, work: Work) -> Cost:
+        """What some work costs on this device at best."""
+        return cost(work, self.stack.shape, self.machine)
 
     def complete(
         self,
@@ -277,6 +296,42 @@ class Engine:
             decoded = self.decode(batch, spec, max_new_tokens=max_new_tokens, ends_with_line=ends_with_line)
             done.extend(decoded.completions)
         return done
+
+    @memory_errors
+    @torch.inference_mode()
+    def likelihoods(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        policy: str | dict[str, Any] | PolicySpec = "full",
+        *,
+        batch_size: int = 8,
+    ) -> list[Likelihood]:
+        """How likely continuations are under a policy: see `engine.forced`.
+
+        pairs: token ids of context and continuation, each at least one; a context is cut from the left to fit. Only
+        continuations of one length share a batch, so that no likelihood depends on its neighbours. Raises `BadInput`,
+        `NumericalError`, `OutOfMemory`.
+        """
+        spec = parse_policy(policy)
+        self.check(spec)
+        if spec.verify:  # drafts that full depth checks change no token
+            spec = parse_policy("full")
+        self._take_threads()
+        _ = self.kernels
+        found: dict[int, Likelihood] = {}
+        for places in _batches([len(continuation) for _, continuation in pairs], batch_size):
+            continuations = [list(pairs[place][1]) for place in places]
+            space = self.max_context - len(continuations[0])
+            contexts = [list(pairs[place][0])[-space:] for place in places] if space > 0 else []
+            if not contexts or not all(contexts) or not continuations[0]:
+                raise BadInput(
+                    f"a continuation of {len(continuations[0])} tokens: it and its context need one at least, and "
+                    f"together {self.max_context} at most; shorten it."
+                )
+            rule = build_rule(spec, self.exit_points, self.n_layers)
+            told = likelihoods(self.stack, self.heads, rule, spec, contexts, continuations)
+            found |= dict(zip(places, told, strict=True))
+        return [found[place] for place in range(len(pairs))]
 
     def warm_up(self, policies: Sequence[PolicySpec] = ()) -> None:
         """Touch every weight and kernel that these policies use once, so that the first timing is like the next."""
@@ -309,3 +364,11 @@ class Engine:
             None if prompt.healed is None else torch.tensor(self.text.beginning_with(prompt.healed), device=self.device)
             for prompt in prompts
         ]
+
+
+def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Places of equal lengths, so many at a time."""
+    by_length: dict[int, list[int]] = {}
+    for place, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(place)
+    return [places[first : first + size] for places in by_length.values() for first in range(0, len(places), size)]

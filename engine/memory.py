@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import wraps
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import psutil
 
 from engine.errors import OutOfMemory
 from engine.exits import read_manifest
+from engine.shapes import BYTES, head_size, kv_heads, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,6 @@ _COPIES_OF_ACTIVATIONS = 2
 #: logits, and what a softmax over them needs beside them
 _COPIES_OF_LOGITS = 3
 _FLOAT32_BYTES = 4
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 #: what `auto` comes to at most. One core decodes 66, 92, 119, 127, 154 tokens/s of SmolLM2 at batch 8, 16, 32, 64, 128
 #: (context 128); with its prefill of 256 tokens a request of 64 gains 9 % from 16 to 32 and 2 % from there to 64, which
@@ -136,30 +136,23 @@ def budget(free: int, workers: int, weights: int) -> int:
 
 def footprint(facts: "ModelFacts", dtype: str, exits: Path | None = None) -> Footprint:
     """What a model takes with the exits in a folder, from its configuration and the headers of all weights."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(facts.folder, local_files_only=True, trust_remote_code=False)
-    size, heads = _BYTES[dtype], config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or facts.hidden_size // heads
+    config = read_config(facts)
+    size, width = BYTES[dtype], head_size(config, facts)
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * facts.hidden_size
     # Of a layer: the state, its normed copy, queries, keys, values, what attention gave and its projection; then gate,
     # up, their product and its projection.
-    widest = 4 * facts.hidden_size + max(2 * heads * head_size + 2 * _kv_heads(config) * head_size, 4 * inner)
+    widest = 4 * facts.hidden_size + max(
+        2 * config.num_attention_heads * width + 2 * kv_heads(config) * width, 4 * inner
+    )
     references = 2 if exits is not None and read_manifest(exits).tunes else 1
     parameters = references * _parameters(facts.folder) + (0 if exits is None else _parameters(exits))
     return Footprint(
         weights=size * (parameters + references * facts.vocab_size * facts.hidden_size),
-        position=size * 2 * facts.n_layers * _kv_heads(config) * head_size,
+        position=size * 2 * facts.n_layers * kv_heads(config) * width,
         activations=_COPIES_OF_ACTIVATIONS * size * widest,
         logits=_COPIES_OF_LOGITS * _FLOAT32_BYTES * facts.vocab_size,
         references=references,
     )
-
-
-def _kv_heads(config: Any) -> int:
-    if getattr(config, "multi_query", False):  # GPT-BigCode
-        return 1
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _parameters(folder: Path) -> int:

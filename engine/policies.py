@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.errors import BadInput
 from engine.heads import Heads, Prediction
+from engine.points import check_patience, check_points, usable_points
 from engine.record import Decision
 from engine.spec import (
     Confidence,
@@ -108,7 +109,7 @@ class Rule(ABC):
     def __init__(self, spec: PolicySpec, points: tuple[int, ...], n_layers: int) -> None:
         """points: the exit points of the bundle, rising. Raises `BadInput` where they do not fit the spec."""
         #: exit points at which the rule wants to be asked, rising; `n_layers` among them allows a stop at full depth
-        self.points = tuple(point for point in points if (spec.min_layer or 0) <= point < n_layers)
+        self.points = usable_points(spec, points, n_layers)
 
     def begin(self, batch: Batch) -> None:  # noqa: B027 - most rules remember nothing
         """A batch starts."""
@@ -210,11 +211,7 @@ class PatientExit(Rule):
 
     def __init__(self, spec: Patience, points: tuple[int, ...], n_layers: int) -> None:
         super().__init__(spec, points, n_layers)
-        if spec.patience >= len(self.points):
-            raise BadInput(
-                f"policy patience: patience is {spec.patience}, but {len(self.points)} exit points can agree at most "
-                f"{max(len(self.points) - 1, 0)} times; give less patience or more exit points."
-            )
+        check_patience(spec, self.points)
         self.patience = spec.patience
 
     def begin(self, batch: Batch) -> None:
@@ -339,18 +336,6 @@ class ControlledExit(Rule):
         leaves = (winner == EXIT) & (top > self.exit) & (view.point < self.n_layers)
         stops = (winner == STOP) & (top > self.stop)
         return Verdict(leaves * EXIT + stops * STOP, probabilities[:, STOP])
-
-
-def check_points(spec: PolicySpec, field: str, wanted: Sequence[int], points: tuple[int, ...], n_layers: int) -> None:
-    """Whether the layers that a policy names are exit points that it may use. Raises `BadInput`."""
-    usable = [point for point in points if (spec.min_layer or 0) <= point < n_layers]
-    for layer in wanted:
-        if layer not in usable:
-            known = ", ".join(map(str, usable)) or "none"
-            under = f" from min_layer {spec.min_layer} on" if spec.min_layer else ""
-            raise BadInput(
-                f"policy {spec.kind}: {field} is {layer}, which is no exit point; trained ones{under}: {known}."
-            )
 
 
 def build_rule(spec: PolicySpec, points: tuple[int, ...], n_layers: int) -> Rule:

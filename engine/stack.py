@@ -15,6 +15,7 @@ from torch import Tensor
 from engine import native
 from engine.attention import NativeAttention, PromptAttention, StepAttention
 from engine.cache import KeyValues, Span
+from engine.cost import Shape
 from engine.matrices import Matrix
 from engine.native_layers import MOST_TOGETHER, LlamaLayers
 
@@ -112,6 +113,19 @@ class LayerStack(ABC):
     def layer_parameters(self) -> int:
         """Parameters of one layer that a token multiplies with."""
         return sum(matrix.parameters for matrix in self.matrices(0))
+
+    @property
+    def shape(self) -> Shape:
+        """What the cost model knows of it."""
+        return Shape(
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_size=self.head_size,
+            hidden_size=self.hidden_size,
+            layer_parameters=self.layer_parameters(),
+            element_size=self.unembedding.element_size(),
+        )
 
     def run(self, states: Tensor, span: Span, cache: KeyValues, first: int, end: int) -> Tensor:
         """Take the tokens of `span` through layers `first` to `end` (excluded), writing their keys and values."""

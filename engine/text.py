@@ -9,6 +9,9 @@ with it.
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
+from zlib import crc32
+
+import numpy as np
 
 from engine.errors import BadInput
 from engine.record import Finish
@@ -24,6 +27,16 @@ class Prompt:
     token_ids: list[int]
     cut_tokens: int = 0  #: tokens cut from its left so that prompt and completion fit the context
     healed: int | None = None  #: the token that was taken back, with which the completion's first token begins
+
+    @property
+    def key(self) -> int:
+        """A number for the prompt, the same wherever it is decoded."""
+        return prompt_key(self.token_ids)
+
+
+def prompt_key(token_ids: list[int]) -> int:
+    """CRC-32 of a prompt's token ids."""
+    return crc32(np.array(token_ids, np.int64).tobytes())
 
 
 class Text:
@@ -60,6 +73,25 @@ class Text:
         # An empty prompt still needs a token to start from.
         start = self.tokenizer.bos_token_id or self.tokenizer.eos_token_id or 0
         return Prompt(ids[-space:] or [start], max(0, len(ids) - space), healed)
+
+    def targets(self, texts: list[str], prompts: list[Prompt], references: list[str], most: int) -> list[list[int]]:
+        """What each model would have to write behind its prompt for the reference to stand there: `most` ids at most.
+
+        texts: of the prompts, as `encode` read them. Tokens as they come out of the whole text, unless a token of its
+        own reaches over the place where the prompt ends; then the reference is read by itself.
+        """
+        wholes = self.tokenizer([a + b for a, b in zip(texts, references, strict=True)])["input_ids"] if texts else []
+        return [
+            self._target(prompt, whole, reference)[:most]
+            for prompt, whole, reference in zip(prompts, wholes, references, strict=True)
+        ]
+
+    def _target(self, prompt: Prompt, whole: list[int], reference: str) -> list[int]:
+        n = prompt.cut_tokens + len(prompt.token_ids)
+        if whole[prompt.cut_tokens : n] == prompt.token_ids:
+            return whole[n:]
+        begun = "" if prompt.healed is None else self.tokens[prompt.healed]
+        return list(self.tokenizer(begun + reference, add_special_tokens=False)["input_ids"])
 
     def _beginning_with(self, token: int) -> list[int]:
         """Ids of all tokens whose text begins with a token's text, itself among them."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,8 @@ SMALL_TRAINING = {
 }
 
 
-def block(language: str, containing: str) -> str:
-    [found] = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in text]
+def block(language: str, containing: str, document: str = README) -> str:
+    [found] = [text for text in re.findall(rf"```{language}\n(.*?)```", document, re.DOTALL) if containing in text]
     return found
 
 
@@ -65,9 +66,67 @@ def test_the_readmes_commands_run_as_written(folder: Path) -> None:
 
 
 @pytest.mark.timeout(600)
+def test_the_commands_of_traces_run_as_written(folder: Path) -> None:
+    document = (ROOT / "docs" / "traces.md").read_text()
+    own = environment(folder) | {"SHORTSTOP_DATABASE_URL": f"sqlite:///{folder / 'traces.db'}"}
+    for line in block("sh", "shortstop trace", document).splitlines():
+        command = line.split("#")[0].strip()
+        done = subprocess.run(command, shell=True, cwd=folder, env=own, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert "<!doctype html>" in (folder / "replay.html").read_text()
+    assert len((folder / "replay.csv").read_text().splitlines()) == 1 + 2 * 52
+
+
+@pytest.mark.timeout(600)
 def test_the_readmes_python_runs_as_written(folder: Path) -> None:
     code = block("python", "import shortstop")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment(folder), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def blocks(document: str, *languages: str) -> list[tuple[str, str]]:
+    """(language, text) in their order."""
+    text = (ROOT / "docs" / document).read_text()
+    return re.findall(rf"```({'|'.join(languages)})\n(.*?)```", text, re.DOTALL)
+
+
+def run_block(language: str, text: str, folder: Path) -> None:
+    """A block as one script, every line of which must succeed."""
+    command = ["bash", "-euc", text] if language == "sh" else [sys.executable, "-c", text]
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True)
+    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.fixture
+def reader(folder: Path, tmp_path: Path) -> Path:
+    """The reader's place, with a record of its own."""
+    shutil.copytree(folder, tmp_path / "reader", ignore=shutil.ignore_patterns("record.db*", "my-exits", "job-1"))
+    return tmp_path / "reader"
+
+
+@pytest.mark.timeout(600)
+def test_labels_are_made_as_written(reader: Path) -> None:
+    for language, text in blocks("labels.md", "sh"):
+        run_block(language, text, reader)
+    assert "Acceptance rate" in (reader / "report.html").read_text()
+
+
+@pytest.mark.timeout(600)
+def test_scores_are_made_again_as_written(reader: Path) -> None:
+    [(language, text)] = blocks("benchmarks.md", "sh")
+    run_block(language, text, reader)
+
+
+@pytest.mark.timeout(900)
+def test_neighbours_are_met_as_written(reader: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra lm-eval carries the harness")
+    found = blocks("neighbours.md", "sh", "yaml", "python")
+    assert [language for language, _ in found] == ["sh", "sh", "sh", "yaml", "sh", "python"]
+    for language, text in found:
+        if language == "yaml":
+            (reader / "double.yaml").write_text(text)
+        else:
+            run_block(language, text, reader)
+    assert list((reader / "harness").rglob("samples_double_*.jsonl"))

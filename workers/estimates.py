@@ -42,7 +42,7 @@ def summarise(run: RunData) -> dict[str, Any]:
         **_speed(run, full),
         **_latency(run),
         **_drafts(run),
-        "metrics": {name: _mean(run.source_group, values) for name, values in run.scores.items()},
+        "metrics": {name: mean_of(run.source_group, values) for name, values in run.scores.items()},
         "change": _change(run, full),
         "change_from_original": {} if run.original is None else _change(run, run.original),
         "exit_histogram": _by_layer(run.exit_histogram),
@@ -168,7 +168,8 @@ def _drafts(run: RunData) -> dict[str, Any]:
     return {"drafted": run.drafted, "drafts_kept": run.drafts_kept, "drafts_kept_share": kept_share}
 
 
-def _mean(groups: npt.NDArray[np.object_], values: Numbers) -> Estimate:
+def mean_of(groups: npt.NDArray[np.object_], values: Numbers) -> Estimate:
+    """Over the samples that have the value; groups: of each sample."""
     known = ~np.isnan(values)
     return estimate(_ratio, groups[known], values[known], np.ones(known.sum()))
 
@@ -180,7 +181,7 @@ def _change(run: RunData, full: RunData) -> dict[str, Estimate]:
     change = {}
     for name in run.scores.keys() & full.scores.keys():
         new, old = run.scores[name][ours], full.scores[name][theirs]
-        change[name] = _mean(groups, new - old)
+        change[name] = mean_of(groups, new - old)
         if name == "rouge_l":
             known = ~np.isnan(new - old)
             change["rouge_l_relative"] = estimate(_relative_change, groups[known], new[known], old[known])

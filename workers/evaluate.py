@@ -9,12 +9,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from db.records import OutcomeRow, SampleRow, ScoreRow, ShardResults, TimingRow, TokenArrays
 from engine.errors import NumericalError, OutOfMemory
 from engine.memory import release
 from engine.record import Completion, Decoded, TokenRecords
 from engine.spec import PolicySpec
 from workers.benchmarks.ends import Ends, cut
+from workers.benchmarks.sample import text_hash
 from workers.scoring.metrics import score_text, score_tokens
 
 if TYPE_CHECKING:
@@ -58,6 +61,7 @@ class Evaluation:
     timed: bool  #: whether the worker is alone on its device
     #: called before each step that takes long; raises to give the batch up
     proceed: Callable[[], None] = lambda: None
+    store_text: bool = True  #: whether the record may have what was written, or its hash alone
 
     def together(self, batch: int, samples: Sequence[SampleRow]) -> ShardResults:
         """Evaluate a batch; in pieces where that fails: alone where the model does, halved where memory is too small.
@@ -162,7 +166,7 @@ class Evaluation:
         try:
             prefilled = self._prefill(prompts)
         except (NumericalError, OutOfMemory) as error:
-            return self._all_end(_reason(error))
+            return self._all_end(reason_of(error))
         endings: dict[int, list[Ending]] = {}
         for run in self.runs:
             self.proceed()
@@ -170,7 +174,7 @@ class Evaluation:
                 mine = prefilled[run.policy.untuned]
                 decoded = self._decode(mine, run)
             except (NumericalError, OutOfMemory) as error:
-                endings[run.id] = [_reason(error)]
+                endings[run.id] = [reason_of(error)]
                 release(self.engine.device)
             else:
                 endings[run.id] = [*decoded.completions]
@@ -225,7 +229,8 @@ class Evaluation:
         for run in self.missing:
             for sample, written, reference in zip(samples, endings[run.id], full, strict=True):
                 ending = self._up_to_its_end(sample, written)
-                outcomes.append(_outcome(run, sample, ending, isolated))
+                outcome = _outcome(run, sample, ending, isolated)
+                outcomes.append(outcome if self.store_text else _withheld(outcome, sample))
                 if isinstance(ending, Completion):
                     scores += self._scores(run, sample, ending, reference)
         return ShardResults(outcomes, scores, timings)
@@ -249,10 +254,11 @@ def joined(parts: Sequence[ShardResults]) -> ShardResults:
         outcomes=[row for part in parts for row in part.outcomes],
         scores=[row for part in parts for row in part.scores],
         timings=[row for part in parts for row in part.timings],
+        traces=[row for part in parts for row in part.traces],
     )
 
 
-def _reason(error: NumericalError | OutOfMemory) -> str:
+def reason_of(error: NumericalError | OutOfMemory) -> str:
     """Why a sample that was done alone has no completion."""
     return f"done alone, this sample ran {error}" if isinstance(error, OutOfMemory) else str(error)
 
@@ -275,6 +281,18 @@ def _outcome(run: Run, sample: SampleRow, ending: Ending, isolated: bool) -> Out
         shown=not (ending.stopped and run.policy.on_stop == "suppress"),
         tokens=_arrays(ending.records),
         isolated=isolated,
+    )
+
+
+def _withheld(outcome: OutcomeRow, sample: SampleRow) -> OutcomeRow:
+    """The outcome without its text: the hash of it, and no token's id, for these would spell it out."""
+    if outcome.text is None or outcome.tokens is None:
+        return outcome
+    nothing = np.full_like(outcome.tokens.token_ids, -1)
+    return replace(
+        outcome,
+        text=text_hash(sample.prompt, outcome.text),
+        tokens=replace(outcome.tokens, token_ids=nothing),
     )
 
 

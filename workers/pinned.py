@@ -1,6 +1,6 @@
 """What preparing a job pins, and every worker reads: nothing of it can change while the job lives."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from engine.spec import Compile, Device, DType, Spec
 
@@ -47,8 +47,15 @@ class Pinned(Spec):
     shard_batches: int
     metrics: dict[str, str]  #: name -> version; scoring a job again renews them, and nothing else here
     benchmarks: dict[str, str]  #: name -> content hash
+    #: content hash -> spec: the benchmarks whose texts the record does not have, and where a worker reads them again
+    withheld: dict[str, dict[str, Any]] = {}
     versions: dict[str, str]  #: package -> version
     git_revision: str | None = None
+    #: of a trace: what its tokens are
+    trace: Literal["reference", "full"] | None = None
+    controller: bool = False  #: whether the exits have one
+    shape: dict[str, int] | None = None  #: the fields of `engine.cost.Shape`
+    heads: tuple[int, ...] | None = None  #: parameters of the head at each point, full depth's unembedding the last
 
     @property
     def engine(self) -> EngineKey:

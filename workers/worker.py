@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,6 +29,8 @@ from workers.context import at_work
 from workers.evaluate import Evaluation, Run, joined
 from workers.holding import Holding, claim_shard_patiently, patiently
 from workers.pinned import EngineKey, Pinned
+from workers.rereading import Texts
+from workers.tracing import TraceEvaluation
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -97,6 +99,7 @@ class Worker:
         self._draining = threading.Event()
         self._forgotten: set[int] = set()
         self._engines = EngineShelf(db, self.cache)
+        self._texts = Texts()
         self._noted: set[tuple[int, str]] = set()  #: job and device class whose kernels are noted
         self._unfinished: set[int] = set()  #: jobs of which shards were committed, and which may have ended with them
         self._lease: Lease | None = None
@@ -211,6 +214,7 @@ class Worker:
                 raise Drained
 
         proceed()
+        shard = self._with_texts(shard)
         evaluation = self.evaluation(shard, proceed)
         for batch in range(lease.first_batch, lease.end_batch):
             self._batch = batch
@@ -229,7 +233,15 @@ class Worker:
             if holding.hungry:
                 return
 
-    def evaluation(self, shard: ClaimedShard, proceed: Callable[[], None]) -> Evaluation:
+    def _with_texts(self, shard: ClaimedShard) -> ClaimedShard:
+        """The shard with the texts of its samples, also where the record has none. Raises `Unfit`."""
+        try:
+            pinned = Pinned.model_validate(shard.pinned)
+            return replace(shard, samples=self._texts.restored(shard.samples, shard.benchmark.content_hash, pinned))
+        except BadInput as error:
+            raise Unfit(str(error)) from error
+
+    def evaluation(self, shard: ClaimedShard, proceed: Callable[[], None]) -> Evaluation | TraceEvaluation:
         """How the batches of the shard are evaluated. Raises `Unfit`."""
         pinned = Pinned.model_validate(shard.pinned)
         try:
@@ -237,6 +249,13 @@ class Worker:
         except BadInput as error:
             raise Unfit(str(error)) from error
         self._note_kernels(shard.lease.job_id, engine)
+        # Figures of another device class are never mixed with the job's own.
+        timed = self.timed and engine.device_class == pinned.device_class
+        ends = parse_ends(shard.benchmark.ends)
+        if pinned.trace is not None:
+            [run] = shard.runs
+            engine.warm_up()
+            return TraceEvaluation(engine, run.id, pinned.trace, ends, pinned.max_new_tokens, timed, proceed)
         runs = _runs(shard)
         compiled_ns = engine.compile_ns
         engine.warm_up([run.policy for run in runs])
@@ -246,13 +265,13 @@ class Worker:
             engine=engine,
             runs=runs,
             content_hash=shard.benchmark.content_hash,
-            ends=parse_ends(shard.benchmark.ends),
+            ends=ends,
             max_new_tokens=pinned.max_new_tokens,
             metrics=pinned.metrics,
             seed=pinned.seed,
-            # Figures of another device class are never mixed with the job's own.
-            timed=self.timed and engine.device_class == pinned.device_class,
+            timed=timed,
             proceed=proceed,
+            store_text=shard.benchmark.content_hash not in pinned.withheld,
         )
 
     def _note_kernels(self, job_id: int, engine: "Engine") -> None:

@@ -15,13 +15,14 @@ from pydantic import BaseModel
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.api import health, jobs, known, questions, rows, sessions, uploads
-from cluster.api.limits import JSON_BYTES, Bounded, Rate
+from cluster.api import comparing, health, jobs, known, labels, questions, rows, schedules, sessions, uploads
+from cluster.api.limits import Bounded, Rate, most_bytes
 from cluster.api.problems import ProblemDetails, tell_problems
 from cluster.api.state import THREADS, State
 from cluster.api.watching import Hub
 from cluster.metrics import Metrics
 from cluster.pages.routes import router as pages
+from cluster.schedules.spec import ScheduleSpec
 from cluster.settings import Settings
 from cluster.spec import JobSpec
 from db.session import Database
@@ -61,9 +62,6 @@ def make_app(db: Database, settings: Settings, *, is_loopback: bool, with_pages:
         with suppress(asyncio.CancelledError):
             await looking
 
-    def most(path: str) -> int:
-        return settings.upload_mb << 20 if path == "/v1/uploads" else JSON_BYTES
-
     app = FastAPI(
         title="Shortstop",
         version=version("shortstop"),
@@ -73,11 +71,11 @@ def make_app(db: Database, settings: Settings, *, is_loopback: bool, with_pages:
         redirect_slashes=False,
         docs_url=None,  # their pages come from a foreign network
         redoc_url=None,
-        middleware=[Middleware(Logged), Middleware(Bounded, most=most)],
+        middleware=[Middleware(Logged), Middleware(Bounded, most=most_bytes(settings.upload_mb))],
     )
     app.state.shortstop = state
     tell_problems(app)
-    for room in (jobs, rows, questions, uploads, known, sessions, health):
+    for room in (jobs, comparing, schedules, rows, labels, questions, uploads, known, sessions, health):
         app.include_router(room.router)
     if with_pages:
         app.include_router(pages)
@@ -91,7 +89,15 @@ def _document(app: FastAPI) -> dict[str, Any]:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
         parts = document.setdefault("components", {})
         schemas = parts.setdefault("schemas", {})
-        models: tuple[type[BaseModel], ...] = (JobSpec, questions.Question, Login, ProblemDetails)
+        models: tuple[type[BaseModel], ...] = (
+            JobSpec,
+            ScheduleSpec,
+            questions.Question,
+            comparing.Judged,
+            labels.JudgedLabels,
+            Login,
+            ProblemDetails,
+        )
         for model in models:
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas |= schema.pop("$defs", {}) | {model.__name__: schema}

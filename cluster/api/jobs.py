@@ -48,6 +48,13 @@ class Submitted:
 
 
 @dataclass(frozen=True)
+class Before:
+    """A job that found what a spec's would find."""
+
+    job: int | None  #: null where something changed
+
+
+@dataclass(frozen=True)
 class JobPage:
     """A page of the list of jobs, newest first."""
 
@@ -99,6 +106,21 @@ async def validate(caller: Submitter, body: JsonBody, state: Shared) -> Response
     return await told(check, limiter=state.readers)
 
 
+@router.post(
+    "/v1/done-before",
+    response_model=Before,
+    responses=described("too-large", "wrong-media-type"),
+    openapi_extra=examples.body("JobSpec", examples.JOB),
+)
+async def done_before(caller: Submitter, body: JsonBody, state: Shared) -> Response:
+    """The finished job that found what this spec's would find: for a script that runs only what changed."""
+
+    def look() -> Before:
+        return Before(state.service(caller.name).done_before(state.allowed.checked(parse_job(body))))
+
+    return await told(look, limiter=state.readers)
+
+
 @router.get("/v1/jobs", response_model=JobPage, responses=described())
 async def list_jobs(
     caller: Reader,
@@ -130,7 +152,7 @@ async def show(job_id: JobId, caller: Reader, state: Shared) -> Response:
     return await told(lambda: state.service(caller.name).job(job_id))
 
 
-def _own(state: State, caller: Caller, job_id: int) -> Local:
+def own(state: State, caller: Caller, job_id: int) -> Local:
     """The service as who may change this job. Raises `Problem`, `Missing`."""
     caller.check_owns(jobs.job(state.db, job_id).principal, job_id)
     return state.service(caller.name)
@@ -139,25 +161,25 @@ def _own(state: State, caller: Caller, job_id: int) -> Local:
 @router.post("/v1/jobs/{job_id}/cancel", response_model=JobRow, responses=described("missing", "conflict"))
 async def cancel(job_id: JobId, caller: Submitter, state: Shared) -> Response:
     """End a job before its time; what is done is kept."""
-    return await told(lambda: _own(state, caller, job_id).cancel(job_id))
+    return await told(lambda: own(state, caller, job_id).cancel(job_id))
 
 
 @router.post("/v1/jobs/{job_id}/pause", response_model=JobRow, responses=described("missing", "conflict"))
 async def pause(job_id: JobId, caller: Submitter, state: Shared) -> Response:
     """Let no more shards of a job begin; those in hand are finished."""
-    return await told(lambda: _own(state, caller, job_id).pause(job_id))
+    return await told(lambda: own(state, caller, job_id).pause(job_id))
 
 
 @router.post("/v1/jobs/{job_id}/retry", response_model=Retried, responses=described("missing", "conflict"))
 async def retry(job_id: JobId, caller: Submitter, state: Shared) -> Response:
     """Give the dead tasks of a job fresh attempts."""
-    return await told(lambda: _own(state, caller, job_id).retry(job_id))
+    return await told(lambda: own(state, caller, job_id).retry(job_id))
 
 
 @router.post("/v1/jobs/{job_id}/resume", response_model=Retried, responses=described("missing", "conflict"))
 async def resume(job_id: JobId, caller: Submitter, state: Shared) -> Response:
     """Let a job go on that was paused or failed."""
-    return await told(lambda: _own(state, caller, job_id).resume(job_id))
+    return await told(lambda: own(state, caller, job_id).resume(job_id))
 
 
 @router.post(
@@ -171,7 +193,7 @@ async def add_policy(job_id: JobId, caller: Submitter, body: JsonBody, state: Sh
     """Give a job that is done one more policy, in any form that a spec takes; only its runs are computed."""
     if not isinstance(body, str | dict):
         raise BadInput("policy: give a name, or a mapping of a name to its options.")
-    return await told(lambda: Added(job_id, _own(state, caller, job_id).add_policy(job_id, body)), status_code=202)
+    return await told(lambda: Added(job_id, own(state, caller, job_id).add_policy(job_id, body)), status_code=202)
 
 
 @router.get(

@@ -1,14 +1,26 @@
 """What the server knows: models, benchmarks and policies by name, and the workers that were heard of."""
 
-from fastapi import APIRouter, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Response
 
 from cluster.api.access import Reader
 from cluster.api.jobs import Shared
 from cluster.api.problems import described
 from cluster.api.state import told
-from cluster.known import Known, KnownPolicy, known_benchmarks, known_models, known_policies
+from cluster.known import (
+    Known,
+    KnownPolicy,
+    ShownBenchmark,
+    known_benchmarks,
+    known_models,
+    known_policies,
+    shown_benchmark,
+)
 from db import listing
+from db.errors import Missing
 from db.listing import WorkerRow
+from engine.registry import unknown
 
 router = APIRouter(tags=["known"])
 
@@ -23,6 +35,21 @@ async def models(caller: Reader) -> Response:
 async def benchmarks(caller: Reader) -> Response:
     """The benchmarks known by name."""
     return await told(known_benchmarks)
+
+
+@router.get("/v1/benchmarks/{name}", response_model=ShownBenchmark, responses=described("missing"))
+async def benchmark(
+    caller: Reader, name: Annotated[str, Path(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=200)]
+) -> Response:
+    """One benchmark known by name, with three of its samples; one of the hub without them."""
+
+    def shown() -> ShownBenchmark:
+        known = [one.name for one in known_benchmarks()]
+        if name not in known:
+            raise Missing(unknown("benchmark", name, known))
+        return shown_benchmark(name, fetch=False)
+
+    return await told(shown)
 
 
 @router.get("/v1/policies", response_model=list[KnownPolicy], responses=described())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -12,11 +13,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.api.problems import Problem, answer
 
-#: of every body but an upload's
+#: of every body but an upload's and a judge's
 JSON_BYTES = 1 << 20
+#: of what a judge said: about two hundred thousand labels
+LABEL_BYTES = 16 << 20
+_LABELS = re.compile("/v1/jobs/[0-9]+/labels")
 #: callers that a rate limiter remembers; the one that was silent longest is forgotten
 _REMEMBERED = 10_000
 _DEEPEST = 64
+
+
+def most_bytes(upload_mb: int) -> Callable[[str], int]:
+    """How large a body may be, by path."""
+
+    def most(path: str) -> int:
+        if path == "/v1/uploads":
+            return upload_mb << 20
+        return LABEL_BYTES if _LABELS.fullmatch(path) else JSON_BYTES
+
+    return most
 
 
 class Bounded:

@@ -1,4 +1,4 @@
-"""`shortstop serve`: the API in a process, and the fleet beside it."""
+"""`shortstop serve`: the API in a process, the fleet and the schedules beside it."""
 
 import gc
 import socket
@@ -11,6 +11,7 @@ import uvicorn
 from cluster.api.access import is_loopback
 from cluster.api.app import make_app
 from cluster.api.fleet import fleet
+from cluster.schedules.ticking import ticking
 from cluster.settings import Settings
 from db import keys
 from db.session import open_database
@@ -50,7 +51,11 @@ def serve(
             timeout_graceful_shutdown=_DRAIN_SECONDS,
             timeout_keep_alive=75,
         )
-        with _listening(host, port) as listener, fleet(settings) if with_fleet else nullcontext() as keeper:
+        with (
+            _listening(host, port) as listener,
+            fleet(settings) if with_fleet else nullcontext() as keeper,
+            ticking(settings),
+        ):
             if keeper:
                 app.state.shortstop.metrics.gpus = keeper.gpus
             server = _Server(config, app.state.shortstop.hub.close)

@@ -143,6 +143,8 @@ def _safe_name(entry: zipfile.ZipInfo) -> str:
         fault = f"is empty, longer than {LONGEST_NAME} bytes or deeper than {DEEPEST} folders"
     elif any(len(part.encode(errors="replace")) > 255 for part in path.parts) or not entry.filename.isprintable():
         fault = "is no name that every disk can hold"
+    elif any(part.lower() == ".git" for part in path.parts):
+        fault = "is a repository, which may point anywhere"
     if fault:
         raise BadInput(f"archive: {ascii(entry.filename)[:80]} {fault}; pack it without.")
     return str(path)

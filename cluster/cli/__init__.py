@@ -1,7 +1,7 @@
 """The command line `shortstop`. Nothing heavy is imported before a command needs it.
 
 Exit codes: 0 done, 1 failed, 2 bad input (one sentence on standard error, nothing changed), 130 interrupted;
-3, inconclusive, belongs to the gates.
+of a gate 0 pass, 1 fail, 3 inconclusive.
 """
 
 from typing import Annotated, Any
@@ -12,7 +12,24 @@ from typer.core import TyperGroup
 import cluster.errors
 import db.errors
 import engine.errors
-from cluster.cli import catalogue, exchange, exits, finished, fleet, jobs, machine, query, serve, status, training
+from cluster.cli import (
+    catalogue,
+    comparing,
+    exchange,
+    exits,
+    finished,
+    fleet,
+    jobs,
+    labels,
+    machine,
+    neighbours,
+    query,
+    schedules,
+    serve,
+    status,
+    traces,
+    training,
+)
 from cluster.cli.output import note
 
 
@@ -75,16 +92,26 @@ for command in (
     fleet.work,
     finished.add_policy,
     finished.rescore,
+    comparing.compare,
+    comparing.gate,
     query.query,
     exchange.export_job,
     exchange.import_job,
+    exchange.import_completions,
     catalogue.models,
     catalogue.policies,
     training.train,
+    traces.trace,
+    traces.replay,
     serve.serve,
     machine.doctor,
 ):
     app.command(name=command.__name__.removesuffix("_jobs").removesuffix("_job").replace("_", "-"))(command)
+
+app.command(
+    name="lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)(neighbours.lm_eval)
 
 database = typer.Typer(help="Look after the database.", no_args_is_help=True)
 database.command()(machine.upgrade)
@@ -97,7 +124,21 @@ benchmarks = typer.Typer(
 )
 benchmarks.callback()(catalogue.benchmarks)
 benchmarks.command()(catalogue.show)
+benchmarks.command()(catalogue.overlap)
 app.add_typer(benchmarks, name="benchmarks")
+
+recurring = typer.Typer(help="Look after jobs that recur.", no_args_is_help=True)
+recurring.command()(schedules.add)
+recurring.command("list")(schedules.list_schedules)
+recurring.command()(schedules.show)
+recurring.command()(schedules.pause)
+recurring.command()(schedules.resume)
+recurring.command()(schedules.remove)
+recurring.command()(schedules.trigger)
+recurring.command()(schedules.resend)
+recurring.command()(schedules.tick)
+recurring.command()(schedules.run)
+app.add_typer(recurring, name="schedule")
 
 bundles = typer.Typer(
     help="Exit bundles: look at them, check them, take those of other projects.", no_args_is_help=True
@@ -107,6 +148,11 @@ bundles.command()(exits.show)
 bundles.command()(exits.verify)
 bundles.command("import")(exits.import_exits)
 app.add_typer(bundles, name="exits")
+
+label = typer.Typer(help="Let people judge completions.", no_args_is_help=True)
+label.command()(labels.export)
+label.command("import")(labels.import_)
+app.add_typer(label, name="label")
 
 keys = typer.Typer(help="Look after the API keys of a server's clients.", no_args_is_help=True)
 keys.command()(serve.create)

@@ -39,6 +39,7 @@ def fleet(
 ) -> None:
     """Keep workers at all jobs, those that are still to come included, until SIGTERM or Ctrl-C."""
     from cluster.fleet.keeper import Keeper, Orders
+    from cluster.schedules.ticking import ticking
 
     settings = start(database, None, ray_address, gpus_per_worker)
     keeper = Keeper(Orders.of(settings, workers), f"{socket.gethostname()}, process {os.getpid()}")
@@ -51,6 +52,7 @@ def fleet(
             db = stack.enter_context(opened(settings))
             port = stack.enter_context(served(Metrics(db, keeper.gpus), metrics_port))
             note(f"metrics at http://127.0.0.1:{port}/metrics")
+        stack.enter_context(ticking(settings))
         keeper.run(wait=wait, on_wait=lambda holder: note(f"waiting for the fleet of {holder} to end"))
 
 

@@ -9,6 +9,7 @@ from cluster.cli.options import (
     DatabaseUrl,
     GpusPerWorker,
     HtmlFile,
+    IfChanged,
     Inline,
     JobId,
     JsonFlag,
@@ -21,6 +22,7 @@ from cluster.cli.options import (
 )
 from cluster.cli.output import note, print_json, print_table
 from cluster.cli.start import service, writable
+from engine.errors import BadInput
 
 if TYPE_CHECKING:
     from cluster.prepare import Validation
@@ -37,6 +39,7 @@ def run(
     ray_address: RayAddress = None,
     gpus_per_worker: GpusPerWorker = None,
     html: HtmlFile = None,
+    if_changed: IfChanged = False,
     database: DatabaseUrl = None,
     server: ServerUrl = None,
     as_json: JsonFlag = False,
@@ -48,6 +51,11 @@ def run(
     with service(database, workers, server, ray_address, gpus_per_worker, inline=inline) as shortstop:
         asked, folder = read_job(spec, overrides or []), spec_folder(spec)
         shortstop.validate(asked, folder)  # before there is a job, or a database
+        before = shortstop.done_before(asked, folder) if if_changed else None
+        if before is not None:
+            note(f"job {before}: nothing changed since; this is its report")
+            print_job_report(shortstop, before, page, as_json)
+            return
         job_id = shortstop.submit(asked, folder)
         note(f"job {job_id}: submitted")
         see_through(shortstop, job_id, inline, database, server, page, as_json)
@@ -203,7 +211,14 @@ def report(
     """The report of a job, finished or under way."""
     page = writable(html)
     with service(database, server=server) as shortstop:
+        check_reported(shortstop.job(job).job)
         print_job_report(shortstop, job, page, as_json)
+
+
+def check_reported(row: "JobRow") -> None:
+    """Whether a job has completions to report. Raises `BadInput`."""
+    if row.spec.get("trace") is not None:
+        raise BadInput(f"job {row.id} is a trace, which ran no policy; ask it with `shortstop replay {row.id}`.")
 
 
 def _answer(row: "JobRow", sentence: str, as_json: bool) -> None:
@@ -246,7 +261,12 @@ def see_through(
         option = f" --database {database}" if database else f" --server {server}" if server else ""
         note(f"job {job_id}: interrupted; go on with `shortstop resume {job_id}{option}`")
         raise typer.Exit(130) from None
-    print_job_report(shortstop, job_id, page, as_json)
+    if shortstop.job(job_id).job.spec.get("trace") is None:
+        print_job_report(shortstop, job_id, page, as_json)
+    elif as_json:
+        print_json(shortstop.job(job_id).job)
+    else:
+        print(f"job {job_id}: traced; ask it with `shortstop replay {job_id}`")
     _end(shortstop, job_id, state)
 
 

@@ -42,6 +42,10 @@ Inline = Annotated[bool, typer.Option("--inline", help="Work in this process, wi
 HtmlFile = Annotated[
     str | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file as well.")
 ]
+IfChanged = Annotated[
+    bool,
+    typer.Option("--if-changed", help="Run nothing where a finished job has the same inputs; report that one."),
+]
 SpecFile = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file; - reads standard input.")]
 Key = Annotated[
     str | None,

@@ -15,6 +15,7 @@ from cluster.preparing import prepare_next
 from db import errors as record_errors
 from db.session import open_database
 from engine.errors import BadInput
+from workers.holding import patiently
 from workers.worker import Pulse, Worker
 
 log = structlog.get_logger()
@@ -36,7 +37,7 @@ class RemoteWorker:
     ) -> None:
         """The worker's name is `name@host`, so that whoever reads it knows the machine."""
         configure_logs(log_level)
-        self._db = open_database(url, create=False, patient=True)
+        self._db = patiently(lambda: open_database(url, create=False, patient=True))
         self._worker = self.worker_class(
             self._db, f"{name}@{socket.gethostname()}", timed=timed, lease_seconds=lease_seconds
         )

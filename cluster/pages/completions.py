@@ -18,6 +18,7 @@ from cluster.reports.build import build_report, mark_of
 from cluster.reports.examples import completion_of, token_ids_of
 from cluster.reports.figures import exit_layers
 from cluster.reports.model import BenchmarkReport, Example, ExampleCompletion, JobReport, RunReport
+from cluster.reports.notes import TEXTS_WITHHELD
 from db import jobs
 from db.comparing import Kind, compared, sample_under_all
 from db.errors import Missing
@@ -70,7 +71,7 @@ def list_completions(
         kind = ""
     job, runs = jobs.job(state.db, job_id), jobs.runs(state.db, job_id)
     by_benchmark = [list(group) for _, group in groupby(runs, key=lambda one: one.benchmark_id)]
-    page = None
+    page, withheld = None, False
     mine: list[RunRow] = []
     if by_benchmark:
         if benchmark >= len(by_benchmark):
@@ -78,8 +79,11 @@ def list_completions(
         mine = by_benchmark[benchmark]
         full = next((one for one in mine if one.policy_kind == "full"), None)
         others = [one for one in mine if one is not full and run in ("", str(one.id))]
-        n_samples = jobs.benchmark(state.db, mine[0].benchmark_id).n_samples
-        page = compared(state.db, full, others, n_samples, kind=Kind(kind) if kind else None, start=start, limit=PAGE)
+        found = jobs.benchmark(state.db, mine[0].benchmark_id)
+        withheld = found.content_hash in (job.pinned or {}).get("withheld", {})
+        page = compared(
+            state.db, full, others, found.n_samples, kind=Kind(kind) if kind else None, start=start, limit=PAGE
+        )
     asked = [("benchmark", str(benchmark)), ("kind", kind), ("run", run)]
 
     def url(**changes: Any) -> str:
@@ -99,6 +103,8 @@ def list_completions(
         run=run,
         filters=FILTERS,
         meaning=MEANINGS[kind],
+        withheld=withheld,
+        texts_withheld=TEXTS_WITHHELD,
         page=page,
         start=start,
         url=url,
@@ -132,6 +138,7 @@ def _completion_page(request: Request, job_id: int, sample_id: int, caller: Call
         sides=[_beside(c, full, example.reference) for c in example.completions],
         neighbours=neighbours,
         are_texts=are_texts,
+        texts_withheld=TEXTS_WITHHELD,
     )
 
 
@@ -147,7 +154,7 @@ def _example(db: Any, job_id: int, sample_id: int) -> tuple[Example, JobReport, 
     under, neighbours = sample_under_all(db, job_id, sample_id)
     report = build_report(db, job_id, with_examples=False)
     benchmark = next(one for one in report.benchmarks if one.runs[0].run_id == under[0][0].id)
-    decode, are_texts = texts_of(db, job_id)
+    decode, are_texts = texts_of(db, job_id) if benchmark.texts_kept else (None, True)
     rows = [row for _, row in under]
     sample = next((row.sample for row in rows if row is not None), None)
     if sample is None:

@@ -30,6 +30,7 @@ ROWS = {
     "completion_score": "a row a completion and metric",
     "token": "a row a token",
     "batch": "a row a batch and policy",
+    "overlap": "a row a sample and corpus",
 }
 EXAMPLES = {
     "Runs by speed": (

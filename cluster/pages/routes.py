@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter
 
-from cluster.pages import completions, job, jobs, live, query, sessions, static, system
+from cluster.pages import compare, completions, job, jobs, live, query, replay, schedules, sessions, static, system
 
 router = APIRouter()
-for room in (jobs, job, completions, system, query, sessions, live, static):
+for room in (jobs, job, replay, completions, compare, schedules, system, query, sessions, live, static):
     router.include_router(room.router)

@@ -33,6 +33,7 @@ POLICY = (
 @cache
 def _environment() -> Environment:
     made = environment(ChoiceLoader([PackageLoader("cluster.pages"), PackageLoader("cluster.reports")]))
+    made.filters["fromjson"] = json.loads
     made.globals |= {"static": static.url, "quote": lambda value: quote(str(value), safe="")}
     return made
 
@@ -46,16 +47,19 @@ def show(
     charts: dict[str, Figure] | None = None,
     layers: list[int] | None = None,
     scripts: tuple[str, ...] = (),
+    kept: tuple[str, ...] = (),
+    sheets: tuple[str, ...] = (),
     save: bool | None = None,
     **context: Any,
 ) -> Response:
     """A page. charts: figures by name; None: the page has none. layers: the exit layers that have colours.
 
-    scripts: those of the page, beside what all have. save: whether the page is wanted as a file; as the address says
-    when absent. A file has no scripts but those of charts and tokens: there is nobody to ask.
+    scripts: those of the page, beside what all have; kept: more of them, which need no server. sheets: styles of its
+    own. save: whether the page is wanted as a file; as the address says
+    when absent. A file has no scripts but those of charts and tokens, and what is kept: there is nobody to ask.
     """
     save = request.query_params.get("save") == "file" if save is None else save
-    inline = static.inline(with_charts=charts is not None) if save else {}
+    inline = static.inline(with_charts=charts is not None, kept=kept) if save else {}
     policy = content_security_policy(list(inline.values())) if save else POLICY
     session = caller.session if caller is not None else None
     page = (
@@ -71,9 +75,10 @@ def show(
             layers=layers or [],
             ramp=ramp(layers or []),
             charts=None if charts is None else Markup(json_block(charts)),
-            styles=[Markup(style) for style in static.styles()] if save else [],
+            styles=[Markup(style) for style in (*static.styles(), *map(static.text, sheets))] if save else [],
+            sheets=sheets,
             inline=[Markup(script) for script in inline.values()],
-            scripts=scripts,
+            scripts=(*scripts, *kept),
             **context,
         )
     )

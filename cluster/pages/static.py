@@ -14,7 +14,7 @@ from cluster.reports.page import asset, plotly
 
 router = APIRouter(include_in_schema=False)
 
-_REPORT = {"report.css": "page.css", "charts.js": "page.js"}
+_REPORT = {"report.css": "page.css", "charts.js": "page.js", "replay.css": "replay.css", "replay.js": "replay.js"}
 _OWN = ("pages.css", "live.js", "jobs.js", "job.js", "query.js", "submit.js", "system.js")
 NAMES = ("plotly.js", *_REPORT, *_OWN)
 _KINDS = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
@@ -51,9 +51,9 @@ def styles() -> list[str]:
     return [text("report.css"), text("pages.css")]
 
 
-def inline(*, with_charts: bool) -> dict[str, str]:
-    """The scripts of a page that is one file, by name, in order."""
-    return {name: text(name) for name in (("plotly.js", "charts.js") if with_charts else ("charts.js",))}
+def inline(*, with_charts: bool, kept: tuple[str, ...] = ()) -> dict[str, str]:
+    """The scripts of a page that is one file, by name, in order. kept: those of the page that need no server."""
+    return {name: text(name) for name in ((*(("plotly.js",) if with_charts else ()), "charts.js", *kept))}
 
 
 @router.get("/static/{name}")

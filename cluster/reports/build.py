@@ -5,7 +5,9 @@ from string import ascii_uppercase
 from typing import Any
 
 from cluster.reports.examples import Decode, pick_examples
+from cluster.reports.labels import Labels, labels_of
 from cluster.reports.model import BenchmarkReport, Estimate, JobReport, RunReport, RunSummary
+from cluster.reports.overlap import overlap_of
 from db import devices, jobs
 from db.records import JobRow, Rollup, RunRow
 from db.rollups import rollups_of_job
@@ -34,6 +36,7 @@ def build_report(db: Database, job_id: int, decode: Decode | None = None, *, wit
     kernels = devices.kernels_of(db, job_id)
     is_partial = not job.state.ended or not runs or any(run.summary is None for run in runs)
     sums = rollups_of_job(db, job_id) if is_partial else {}
+    labels = labels_of(db, runs)
     return JobReport(
         job_id=job.id,
         name=job.name,
@@ -48,7 +51,7 @@ def build_report(db: Database, job_id: int, decode: Decode | None = None, *, wit
         model=_asked_or_pinned(job, "model") or "",
         exits=_asked_or_pinned(job, "exits"),
         provenance=pinned | ({"kernels": kernels} if kernels else {}),
-        benchmarks=[_benchmark(db, runs, sums, pinned, decode, room) for runs in by_benchmark],
+        benchmarks=[_benchmark(db, runs, sums, pinned, decode, room, labels) for runs in by_benchmark],
     )
 
 
@@ -63,9 +66,11 @@ def _benchmark(
     pinned: dict[str, Any],
     decode: Decode | None,
     room: int,
+    labels: Labels,
 ) -> BenchmarkReport:
     found = jobs.benchmark(db, runs[0].benchmark_id)
     summaries = _summaries(runs, sums, pinned.get("n_layers"))
+    texts_kept = found.content_hash not in pinned.get("withheld", {})
     reports = [
         RunReport(
             run_id=run.id,
@@ -74,6 +79,7 @@ def _benchmark(
             kind=run.policy_kind,
             options=run.policy_spec.get(run.policy_kind, {}),
             summary=summary,
+            labels=labels.runs.get(run.id),
         )
         for place, (run, summary) in enumerate(zip(runs, summaries, strict=True))
     ]
@@ -83,8 +89,11 @@ def _benchmark(
         content_hash=found.content_hash,
         samples=found.n_samples,
         left_out=list(found.left_out),
+        texts_kept=texts_kept,
+        overlap=overlap_of(db, found, reports, ended=not sums),
         runs=reports,
-        examples=pick_examples(db, reports, room, decode) if room else [],
+        examples=pick_examples(db, reports, room, decode) if room and texts_kept else [],
+        judges=labels.judges.get(runs[0].benchmark_id),
     )
 
 

@@ -18,7 +18,7 @@ _LOADING = Lock()
 def decoder(db: Database, job_id: int) -> "Decode | None":
     """The texts of token ids, one each, by the tokenizer that the job pinned; None where it is not on this machine."""
     pinned = job(db, job_id).pinned
-    if pinned is None:
+    if pinned is None or "tokenizer_hash" not in pinned:  # the latter where all completions were made elsewhere
         return None
     with _LOADING:
         return _decoder(pinned)

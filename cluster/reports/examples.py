@@ -53,7 +53,8 @@ def pick_examples(db: Database, runs: list[RunReport], room: int, decode: Decode
         return []
     limit = max(FEWEST_SAMPLES, COMPLETIONS_READ // len(runs))
     columns = [list(results.completions(db, run_id=run.run_id, limit=limit)) for run in runs]
-    candidates = [_candidate(rows, full) for rows in _aligned(columns) if rows[full].outcome.tokens is not None]
+    ours = [place for place, run in enumerate(runs) if not run.is_imported]
+    candidates = [_candidate(rows, full, ours) for rows in _aligned(columns) if rows[full].outcome.tokens is not None]
     return [_example(candidate, runs, full, decode) for candidate in _pick(candidates, room)]
 
 
@@ -64,8 +65,9 @@ def _aligned(columns: list[list[CompletionRow]]) -> list[list[CompletionRow]]:
     return [[rows[position] for rows in by_sample] for position in shared]
 
 
-def _candidate(rows: list[CompletionRow], full: int) -> _Candidate:
-    others = [row for place, row in enumerate(rows) if place != full and row.outcome.tokens is not None]
+def _candidate(rows: list[CompletionRow], full: int, ours: list[int]) -> _Candidate:
+    """ours: places of the runs that were not made elsewhere."""
+    others = [rows[place] for place in ours if place != full and rows[place].outcome.tokens is not None]
     stopped = [row for row in others if row.outcome.finish == "stop"]
     changed = [row for row in others if row not in stopped and row.outcome.text != rows[full].outcome.text]
     depth = _mean_exit_layer(rows[full])

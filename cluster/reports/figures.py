@@ -65,7 +65,7 @@ def scatter(benchmark: BenchmarkReport, per: Per) -> Figure | None:
             "showlegend": False,
             "xaxis": axis(f"Speedup per {per}") | {"range": speeds, "ticksuffix": "×", "nticks": 7},
             "yaxis": axis("ROUGE-L") | {"range": quality, "nticks": 6},
-            "shapes": [_slow_side(speeds), _line("x", 1.0), _line("y", full.value or 0)],
+            "shapes": [_slow_side(speeds), line_at("x", 1.0), line_at("y", full.value or 0)],
             "annotations": [
                 _side("← slower", 1.0, "right"),
                 _side("faster →", 1.0, "left"),
@@ -197,7 +197,8 @@ def _slow_side(speeds: list[float]) -> Figure:
     return place | {"type": "rect", "fillcolor": "var(--slow-side)", "line": {"width": 0}, "layer": "below"}
 
 
-def _line(axis: Literal["x", "y"], at: float) -> Figure:
+def line_at(axis: Literal["x", "y"], at: float | str) -> Figure:
+    """A dotted line across the chart."""
     along = {"x": "y", "y": "x"}[axis]
     place = {f"{axis}0": at, f"{axis}1": at, f"{along}0": 0, f"{along}1": 1, f"{axis}ref": axis, f"{along}ref": "paper"}
     return place | {"type": "line", "line": {"color": "var(--full)", "width": 1, "dash": "dot"}, "layer": "below"}

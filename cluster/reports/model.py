@@ -69,6 +69,28 @@ class RunSummary(Part):
         return self.change_from_original.get(name, Estimate())
 
 
+class RunLabels(Part):
+    """What judges said of a run's completions; several judges of one count as one drawn among them at random."""
+
+    judged: int  #: completions that were offered, and judged by somebody
+    acceptance_rate: Estimate  #: share of them that judges accept
+    #: against full depth, on the samples of both that were judged
+    acceptance_change: Estimate = Estimate()
+    proxy: Estimate = Estimate()  #: share of the same completions that the offline proxy `accepted` accepts
+    precision: Estimate = Estimate()  #: of what the proxy accepts, the share that judges accept
+    recall: Estimate = Estimate()  #: of what judges accept, the share that the proxy accepts
+    agreement: Estimate = Estimate()  #: share of which proxy and judges say the same
+
+
+class Judges(Part):
+    """Who judged on a benchmark, and how much they agree."""
+
+    names: list[str]
+    texts: int  #: that were judged, each counted once, whatever number of policies wrote it
+    shared: int  #: those among them that several judged
+    alpha: float | None  #: Krippendorff's, nominal; None where there is nothing to agree about
+
+
 class RunReport(Part):
     """One policy on one benchmark."""
 
@@ -78,6 +100,12 @@ class RunReport(Part):
     kind: str
     options: dict[str, Any]
     summary: RunSummary
+    labels: RunLabels | None = None  #: None where nobody judged
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether its completions were made elsewhere: they have scores, and neither tokens nor times."""
+        return self.kind == "imported"
 
     @property
     def is_slower(self) -> bool:
@@ -125,6 +153,24 @@ class Example(Part):
     completions: list[ExampleCompletion]
 
 
+class Apart(Part):
+    """One policy's scores on the samples that stand in a corpus, and on the others."""
+
+    mark: str
+    policy: str
+    flagged: dict[str, Estimate]  #: by metric
+    others: dict[str, Estimate]
+
+
+class Overlapping(Part):
+    """What is known of a benchmark's overlap with corpora."""
+
+    corpora: list[str]  #: in which it was looked for
+    judged: int  #: samples of which something can be said: those with twelve tokens
+    flagged: int  #: samples that stand in any of the corpora, in part
+    runs: list[Apart]  #: none while the job is under way, or where no sample is flagged
+
+
 class BenchmarkReport(Part):
     """One benchmark under all policies of the job."""
 
@@ -133,8 +179,11 @@ class BenchmarkReport(Part):
     content_hash: str
     samples: int
     left_out: list[str]  #: a sentence for each input that was passed over
+    texts_kept: bool = True  #: False: the record has hashes for prompts, references and completions
+    overlap: Overlapping | None = None  #: None: nobody has looked
     runs: list[RunReport]
     examples: list[Example]
+    judges: Judges | None = None  #: None where nobody judged
 
     @property
     def baseline(self) -> RunReport | None:
@@ -202,6 +251,9 @@ def _row(benchmark: str, run: RunReport) -> dict[str, Any]:
     estimates = {name: value for name, value in summary if isinstance(value, Estimate)} | summary.metrics
     estimates |= {f"change_{name}": estimate for name, estimate in summary.change.items()}
     estimates |= {f"change_from_original_{name}": one for name, one in summary.change_from_original.items()}
+    if run.labels is not None:
+        estimates |= {name: value for name, value in run.labels if isinstance(value, Estimate)}
+        row["judged"] = run.labels.judged
     for name, estimate in estimates.items():
         row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     return row

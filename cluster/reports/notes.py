@@ -9,6 +9,14 @@ from cluster.reports.model import BenchmarkReport, Estimate, JobReport, RunRepor
 PROXY = (
     "Accepted is an offline proxy: the share of completions whose first line equals the reference's. Nobody was asked."
 )
+PROXY_AND_JUDGES = (
+    "Accepted is an offline proxy: the share of completions whose first line equals the reference's. The acceptance "
+    "rate beside it is what judges said."
+)
+
+TEXTS_WITHHELD = (
+    "The record keeps no text of this benchmark: prompts, references and completions are hashes, tokens have no ids."
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,18 @@ def benchmark_notes(benchmark: BenchmarkReport) -> list[Note]:
         _isolated(benchmark),
         _untimed(benchmark),
     ]
-    remarks = [_references(benchmark), _added(benchmark), _cut_prompts(benchmark), _hidden(benchmark), PROXY]
+    cautions.append(_overlap(benchmark))
+    proxy = PROXY if benchmark.judges is None else PROXY_AND_JUDGES
+    remarks = [
+        _imported(benchmark),
+        _references(benchmark),
+        _added(benchmark),
+        _cut_prompts(benchmark),
+        _hidden(benchmark),
+        _texts(benchmark),
+        proxy,
+        _judges(benchmark),
+    ]
     notes = [Note("caution", text) for text in cautions if text] + [Note("remark", text) for text in remarks if text]
     return [*notes, *_left_out(benchmark)]
 
@@ -136,6 +155,14 @@ def _percents(change: Estimate) -> str:
     return "" if change.low is None else f"{percent(change.low)} to {percent(change.high)}"
 
 
+def _imported(benchmark: BenchmarkReport) -> str | None:
+    imported = [run.policy for run in benchmark.runs if run.is_imported]
+    if not imported:
+        return None
+    was = "was made elsewhere and imported: it has" if len(imported) == 1 else "were made elsewhere: they have"
+    return f"{_listed(imported)} {was} scores, and neither tokens nor times."
+
+
 def _added(benchmark: BenchmarkReport) -> str | None:
     added = [run.policy for run in benchmark.runs if run.summary.full_timed_again]
     if not added:
@@ -151,6 +178,21 @@ def _cut_prompts(benchmark: BenchmarkReport) -> str | None:
     return f"{_plural(most, 'prompt was', 'prompts were')} cut from the left to fit the model's context."
 
 
+def _overlap(benchmark: BenchmarkReport) -> str | None:
+    found = benchmark.overlap
+    if found is None:
+        return None
+    where = _listed(found.corpora)
+    if not found.flagged:
+        return f"None of its samples stands in {where}, by runs of twelve tokens."
+    share = f"{count(found.flagged)} of {count(benchmark.samples)} samples"
+    return f"{share} stand in {where} in part, by runs of twelve tokens; their scores are shown apart."
+
+
+def _texts(benchmark: BenchmarkReport) -> str | None:
+    return None if benchmark.texts_kept else TEXTS_WITHHELD
+
+
 def _left_out(benchmark: BenchmarkReport) -> list[Note]:
     if not benchmark.left_out:
         return []
@@ -164,6 +206,18 @@ def _hidden(benchmark: BenchmarkReport) -> str | None:
         return None
     shares = [f"{run.policy} ({percent(run.summary.shown)})" for run in hiding]
     return f"Policies that offered only a share of their completions: {_listed(shares)}."
+
+
+def _judges(benchmark: BenchmarkReport) -> str | None:
+    judges = benchmark.judges
+    if judges is None:
+        return None
+    who = _plural(len(judges.names), "judge", "judges")
+    said = f"{who} judged {_plural(judges.texts, 'text', 'texts')}, not knowing which policy wrote it"
+    if not judges.shared:
+        return f"{said}; none was judged twice, so nothing is known of how much judges agree."
+    alpha = "which leaves no room to disagree" if judges.alpha is None else f"Krippendorff's alpha {judges.alpha:.2f}"
+    return f"{said}; {count(judges.shared)} by more than one, {alpha}."
 
 
 def _plural(number: int, one: str, many: str) -> str:

@@ -154,8 +154,8 @@ def facts(report: JobReport) -> list[tuple[str, str]]:
     pinned, ended, started = report.provenance, report.finished_at, report.started_at
     took = ended - started if ended is not None and started is not None else None
     known = [
-        ("Model", report.model),
-        ("Exits", report.exits or "none"),
+        ("Model", report.model or None),
+        ("Exits", (report.exits or "none") if report.model else None),
         ("Machine", pinned.get("device_class")),
         ("Threads", pinned.get("threads")),
         ("Batch size", pinned.get("batch_size")),

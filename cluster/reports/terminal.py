@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.reports import formats
-from cluster.reports.model import BenchmarkReport, Estimate, JobReport, RunReport, is_slowdown
+from cluster.reports.model import BenchmarkReport, Estimate, JobReport, Overlapping, RunReport, RunSummary, is_slowdown
 from cluster.reports.notes import Note, benchmark_notes, headline, job_notes
 
 #: columns where the output is no terminal, so that a piped report reads the same everywhere
@@ -34,7 +34,8 @@ def render(report: JobReport) -> RenderableType:
 
 def _title(report: JobReport) -> Text:
     exits = f", exits {report.exits}" if report.exits else ""
-    facts = f"  job {report.job_id} · {report.state} · model {report.model}{exits}"
+    model = f"model {report.model}" if report.model else "no model: all completions were made elsewhere"
+    facts = f"  job {report.job_id} · {report.state} · {model}{exits}"
     return Text(formats.printable(report.name), style="bold").append(formats.printable(facts), style="dim")
 
 
@@ -43,7 +44,9 @@ def _benchmark(benchmark: BenchmarkReport) -> list[RenderableType]:
     name.append(f"  {formats.count(benchmark.samples)} samples", style="dim")
     lines: list[RenderableType] = [name, Text(formats.printable(headline(benchmark)))]
     lines += [_speed_table(benchmark), _quality_table(benchmark)]
+    lines += [_labels_table(benchmark)] if benchmark.judges is not None else []
     lines += [_drafts_table(benchmark)] if benchmark.drafting else []
+    lines += [_overlap_table(benchmark.overlap)] if benchmark.overlap and benchmark.overlap.runs else []
     return [*lines, *map(_note, benchmark_notes(benchmark))]
 
 
@@ -55,7 +58,7 @@ def _speed_table(benchmark: BenchmarkReport) -> Table:
         summary, is_baseline = run.summary, run is benchmark.baseline
         table.add_row(
             _policy(run),
-            f"{formats.layer(summary.mean_exit_layer)} / {formats.count(summary.n_layers)}",
+            formats.ABSENT if run.is_imported else _depth(summary),
             formats.percent(summary.layers_skipped),
             "baseline" if is_baseline else _speedup(summary.speedup_token),
             formats.times(summary.speedup_ideal),
@@ -63,6 +66,10 @@ def _speed_table(benchmark: BenchmarkReport) -> Table:
             "baseline" if is_baseline else _speedup(summary.speedup_request),
         )
     return table
+
+
+def _depth(summary: RunSummary) -> str:
+    return f"{formats.layer(summary.mean_exit_layer)} / {formats.count(summary.n_layers)}"
 
 
 def _quality_table(benchmark: BenchmarkReport) -> Table:
@@ -81,8 +88,7 @@ def _quality_table(benchmark: BenchmarkReport) -> Table:
         table.add_row(
             _policy(run),
             formats.count(summary.samples),
-            formats.count(summary.tokens),
-            formats.count(summary.stops),
+            *(formats.ABSENT if run.is_imported else formats.count(n) for n in (summary.tokens, summary.stops)),
             formats.score(summary.metric("rouge_l").value),
             "baseline" if is_baseline else changed,
             *original,
@@ -102,6 +108,28 @@ def _from_original(run: RunReport, benchmark: BenchmarkReport) -> Text | str:
     return _change(run.summary.changed_from_original("rouge_l"))
 
 
+def _labels_table(benchmark: BenchmarkReport) -> Table:
+    """What judges said beside the proxy on the same completions, and how well it predicts them."""
+    table = _table("Judges")
+    for column in ("Judged", "Acceptance\nrate", "Accepted\n(proxy)", "Proxy\nprecision", "Proxy\nrecall"):
+        table.add_column(column, justify="right")
+    table.add_column("Proxy\nagrees", justify="right")
+    for run in benchmark.runs:
+        if run.labels is None:
+            table.add_row(_policy(run), "0")
+            continue
+        estimates = (run.labels.acceptance_rate, run.labels.proxy, run.labels.precision, run.labels.recall)
+        table.add_row(
+            _policy(run),
+            formats.count(run.labels.judged),
+            *(
+                _two_lines(formats.score(one.value), formats.score_interval(one))
+                for one in (*estimates, run.labels.agreement)
+            ),
+        )
+    return table
+
+
 def _drafts_table(benchmark: BenchmarkReport) -> Table:
     table = _table("Drafts")
     for column in ("Drafted", "Kept", "Share kept"):
@@ -109,6 +137,23 @@ def _drafts_table(benchmark: BenchmarkReport) -> Table:
     for run in benchmark.drafting:
         drafted, kept, share = run.summary.drafted, run.summary.drafts_kept, run.summary.drafts_kept_share
         table.add_row(_policy(run), formats.count(drafted), formats.count(kept), formats.percent(share))
+    return table
+
+
+def _overlap_table(overlap: Overlapping) -> Table:
+    """Each metric on the samples that stand in a corpus, and under it on the others."""
+    table = _table("Overlap")
+    names = list(overlap.runs[0].others)
+    for name in ("Samples", *names):
+        table.add_column(name, justify="right")
+    for run in overlap.runs:
+        for title, scores in (("in the corpus", run.flagged), ("others", run.others)):
+            cells = [
+                _two_lines(formats.score(one.value), formats.score_interval(one))
+                for one in map(scores.get, names)
+                if one
+            ]
+            table.add_row(Text(formats.printable(run.policy)), title, *cells)
     return table
 
 

@@ -111,17 +111,20 @@ class Trainer(ABC):
             group["lr"] = group["highest"] * self._share_of_rate()
         self.optimiser.zero_grad()
         losses = self.losses_of_step()
-        if not math.isfinite(losses.joint()):
-            raise NotFinite(
-                f"{self.stage}: the loss is {losses.joint()} at step {self.step}; the last good checkpoint is kept in "
-                f"{self.checkpoint.path.parent}; lower the learning rate and train into another folder"
-            )
+        self._check(losses.joint())
         torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.pace.clip)
         self.optimiser.step()
         self.step += 1
         rate = round(self.tokens_per_step / (time.monotonic() - started), 1)
         self.log.write(self.stage, self.step, **losses.figures(), tokens_per_s=rate)
         return losses
+
+    def _check(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise NotFinite(
+                f"{self.stage}: the loss is {loss} at step {self.step}; the last good checkpoint is kept in "
+                f"{self.checkpoint.path.parent}; lower the learning rate and train into another folder"
+            )
 
     def _share_of_rate(self) -> float:
         """Up in a line, down along a cosine."""

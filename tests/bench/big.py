@@ -95,7 +95,7 @@ def _copy_all(connection: Connection, values: dict[str, Any]) -> None:
     connection.execute(text("ANALYZE sample, task, run"))  # or the joins below are planned as if these were empty
     run, sample, task = {"run_id": "r.id"}, {"sample_id": "s.id"}, {"task_id": "k.id"}
     _copy(connection, values, "outcome", _BY_SAMPLE.format("outcome"), **run, **sample, **task)
-    _copy(connection, values, "score", _BY_SAMPLE.format("score"), **run, **sample)
+    _copy(connection, values, "score_row", _BY_SAMPLE.format("score_row"), **run, **sample)
     _copy(connection, values, "timing", _BY_BATCH, **run, batch="i")
     _copy(connection, values, "rollup", _BY_SHARD, **run, **task)
 

@@ -127,9 +127,10 @@ def scale(db: Database, cluster: Any) -> Iterator[Row]:
     with running(
         SleepingFleet(db, workers=ACTORS, ray_address=cluster.address, idle_seconds=600, ready_seconds=600)
     ) as fleet:
-        warm = sleeping_job(db, ACTORS * 2, SHARD_SECONDS, shard_batches=1)
-        wait_for("all actors", lambda: len([m for m in fleet._crew.members if m.node]) == ACTORS)
-        wait_for("the warm-up", lambda: ended(db, warm))
+        warm = sleeping_job(db, ACTORS * 500, SHARD_SECONDS, shard_batches=1)
+        wait_for("all actors", lambda: len([m for m in fleet._crew.members if m.node]) == ACTORS, every=1)
+        record.cancel_job(db, warm)
+        wait_for("free hands", lambda: not any(pulse.task_id for pulse in fleet.pulses()), every=1)
         yield from first_claims(db)
         job_id = sleeping_job(db, shards * 2, SHARD_SECONDS / 2, shard_batches=2)
         wait_for("full swing", lambda: done_shards(db, job_id) >= ACTORS, every=1)

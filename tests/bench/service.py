@@ -196,11 +196,13 @@ INSERT INTO outcome (run_id, sample_id, task_id, text, n_tokens, prompt_tokens, 
 SELECT r.id, s.id, (SELECT min(id) FROM task WHERE job_id = :job), 'return a + ' || s.position, 10, 50, 0, true, false
 FROM run r JOIN sample s ON s.benchmark_id = r.benchmark_id WHERE r.job_id = :job
 """
+_METRICS = "INSERT INTO metric_list (list_id, place, metric, version) VALUES (1, 1, 'es', 'es@bench')"
 _SCORES = """
-INSERT INTO score (run_id, revision, sample_id, metric, version, value)
-SELECT r.id, r.score_revision, s.id, 'es', 'es@bench', 0.5
+INSERT INTO score_row (run_id, revision, sample_id, list_id, scores)
+SELECT r.id, r.score_revision, s.id, 1, '{}'
 FROM run r JOIN sample s ON s.benchmark_id = r.benchmark_id WHERE r.job_id = :job
 """
+_HALF = {"sqlite": "[0.5]", "postgresql": "{0.5}"}
 
 
 def big_job(db: Database) -> int:
@@ -209,7 +211,8 @@ def big_job(db: Database) -> int:
     job_id = planned_job(db, ROWS // RUNS, batch_size=64, shard_batches=16, policies=policies, benchmarks=["big"])
     with db.write() as connection:
         connection.execute(text(_OUTCOMES), {"job": job_id})
-        connection.execute(text(_SCORES), {"job": job_id})
+        connection.execute(text(_METRICS))
+        connection.execute(text(_SCORES.format(_HALF[db.dialect])), {"job": job_id})
     return job_id
 
 

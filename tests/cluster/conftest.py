@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[1] / "engine"))
 # workers of a fleet are made of what stands there, too
 os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
+from lines_record import copied, make_record
 from served import Site, opened_site
 from small_world import World, bundle, columns, write_prompts
 
@@ -57,6 +58,17 @@ def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[
     found = columns(database, job_id)
     database.close()
     return found
+
+
+@pytest.fixture(scope="session")
+def record_of_lines(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_record(world, tmp_path_factory.mktemp("lines"))
+
+
+@pytest.fixture
+def url(record_of_lines: Path, tmp_path: Path) -> str:
+    """A record of its own with one finished job of lines, see `lines_record`."""
+    return copied(record_of_lines, tmp_path)
 
 
 @pytest.fixture(scope="session")

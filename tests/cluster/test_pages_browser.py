@@ -75,6 +75,7 @@ def pages_of(scene: Scene) -> list[str]:
         "/submit",
         "/query",
         "/system",
+        "/schedules",
         f"/jobs/{scene.done}",
         f"/jobs/{scene.hostile}",
         f"/jobs/{scene.dead}",
@@ -82,6 +83,9 @@ def pages_of(scene: Scene) -> list[str]:
         f"/jobs/{scene.done}/completions?kind=differ",
         f"/jobs/{scene.done}/completions/{sample_of(scene, scene.done)}",
         f"/jobs/{scene.hostile}/completions/{sample_of(scene, scene.hostile)}",
+        "/compare",
+        f"/compare?a={scene.done}&b={scene.other}",
+        f"/compare?a={scene.hostile}",
     ]
 
 
@@ -188,6 +192,7 @@ def test_hostile_text_runs_nothing(scene: Scene, browser: Browser) -> None:
         f"/jobs/{scene.dead}",
         f"/jobs/{scene.hostile}/completions",
         f"/jobs/{scene.hostile}/completions/{sample}",
+        f"/compare?a={scene.hostile}",
         f"/jobs/{scene.hostile}/completions/{sample}?save=file&x=%3Cscript%3Ealert(1)%3C/script%3E",
     ):
         if "save=file" not in page:
@@ -239,6 +244,36 @@ def test_a_question_is_asked_answered_kept_and_complained_of(scene: Scene, brows
     browser.follow("button[value=show]")
     assert browser.evaluate("document.querySelector('[role=alert]').textContent").startswith("the query")
     assert browser.evaluate("document.getElementById('sql').value") == "DROP TABLE job"
+
+
+def test_two_jobs_are_compared_from_the_form_to_a_sample(scene: Scene, browser: Browser) -> None:
+    browser.open(scene.served.url + "/compare")
+    browser.type_into("#a", str(scene.done))
+    browser.type_into("#b", f"{scene.other}:full")
+    browser.follow(".filters button")
+    assert browser.evaluate("document.querySelectorAll('section.benchmark').length") == 4
+    browser.type_into("#b", str(scene.other))
+    browser.follow(".filters button")
+    assert browser.evaluate("document.querySelectorAll('section.benchmark').length") == 2
+    browser.wait_for("document.querySelectorAll('#changes-1 .point').length >= 3")
+    browser.wait_for("document.querySelectorAll('#parting-1 .bars .point').length >= 1")
+    assert browser.evaluate("document.querySelector('#parting-0').textContent") == ""  # full depth wrote the same
+    assert "The same tokens for 100.0%" in browser.evaluate("document.querySelectorAll('.headline')[0].textContent")
+    assert "where they differ, half do by" in browser.evaluate("document.querySelectorAll('.headline')[1].textContent")
+    assert browser.evaluate("document.querySelectorAll('.samples ins, .samples del').length") > 0
+    assert_quiet(browser, scene)
+    browser.follow("a[aria-label$=' in B']")
+    assert browser.evaluate("location.pathname").startswith(f"/jobs/{scene.other}/completions/")
+
+
+def test_what_cannot_be_compared_is_told_beside_the_form(scene: Scene, browser: Browser) -> None:
+    browser.open(f"{scene.served.url}/compare?a={scene.done}&b={scene.dead}")
+    told = browser.evaluate("document.querySelector('[role=alert]').textContent")
+    assert (
+        told == f"job {scene.dead} is {jobs.job(scene.db, scene.dead).state}; only a job that is done can be compared."
+    )
+    assert browser.evaluate("document.getElementById('a').value") == str(scene.done)
+    assert serious_findings(browser) == []
 
 
 def test_tokens_are_walked_with_the_keyboard(scene: Scene, browser: Browser) -> None:

@@ -138,3 +138,16 @@ def test_bad_values_get_one_sentence(world: World, changes: dict[str, Any], sent
         parse_job(world.fields(**changes))
     assert str(error.value).startswith(f"spec: {sentence}")
     assert "\n" not in str(error.value)
+
+
+def test_neither_shards_nor_batches_change_a_benchmark(world: World, tmp_path: Path) -> None:
+    """The same ids in the same order under the same hash, however the job is cut."""
+    (tmp_path / "a.py").write_text("\n".join(f"def f{i}(a):\n    return a + {i}\n" for i in range(30)))
+    asked = [{"source": str(tmp_path), "samples": 20}, {"jsonl": str(world.prompts), "samples": 20, "id": "id"}]
+    found = set()
+    for shard_batches, batch_size in [(1, 1), (4, 3), (50, 16)]:
+        generation = {"max_new_tokens": 4, "batch_size": batch_size}
+        resolved = resolve(world.spec(benchmarks=asked, shard_batches=shard_batches, generation=generation))
+        hashes = tuple(one.content_hash for one in resolved.benchmarks)
+        found.add((hashes, tuple(sample.name for one in resolved.benchmarks for sample in one.samples)))
+    assert len(found) == 1

@@ -96,7 +96,9 @@ def test_a_record_without_anything_has_no_violations(db: Database) -> None:
 
 #: the last seven samples
 DONE_SHARD = "SELECT id FROM task WHERE first_batch = 8"
-GONE = "DELETE FROM score WHERE run_id = 1 AND sample_id = 5; DELETE FROM outcome WHERE run_id = 1 AND sample_id = 5"
+GONE = (
+    "DELETE FROM score_row WHERE run_id = 1 AND sample_id = 5; DELETE FROM outcome WHERE run_id = 1 AND sample_id = 5"
+)
 LESS_TOKENS = {
     "sqlite": "UPDATE outcome SET tokens = '[[5,30,30,0,0.5]]', n_tokens = 2, finish = 'eos' WHERE id = 3",
     "postgresql": "UPDATE outcome SET token_ids = '{5}', n_tokens = 2, finish = 'eos' WHERE id = 3",
@@ -110,7 +112,7 @@ LESS_TOKENS = {
         (
             f"DELETE FROM rollup WHERE run_id = 2 AND task_id = ({DONE_SHARD});"
             "DELETE FROM timing WHERE run_id = 2 AND batch >= 8;"
-            "DELETE FROM score WHERE run_id = 2;"
+            "DELETE FROM score_row WHERE run_id = 2;"
             f"DELETE FROM outcome WHERE run_id = 2 AND task_id = ({DONE_SHARD})",
             r"run 2 \(self-spec.* on lines\) of job 1: 7 samples of shard .*, which is done, .* 's/16' first",
         ),
@@ -130,7 +132,7 @@ LESS_TOKENS = {
         ("UPDATE run SET summary = NULL WHERE id = 2", r"job 1 is done and run 2 \(self-.* on lines\) has no summary"),
         ("UPDATE sample SET prompt = 'other' WHERE id = 3", r"benchmark 1 \('lines'\): its samples hash to another"),
         (
-            "DELETE FROM score; DELETE FROM outcome; DELETE FROM sample WHERE id = 23",
+            "DELETE FROM score_row; DELETE FROM outcome; DELETE FROM sample WHERE id = 23",
             r"benchmark 1 \('lines'\) has 22 samples where 23 belong",
         ),
         ("UPDATE artifact SET hash = 'another'", r"artifact another \(exits\): its content does not have this hash"),
@@ -146,7 +148,14 @@ LESS_TOKENS = {
             """UPDATE rollup SET exit_histogram = '{"3": 1}' WHERE run_id = 2""",
             r"the rollup of shard \d+ says exit_histogram {3: 1}, counted are {",
         ),
-        ("UPDATE score SET value = value + 0.5 WHERE metric = 'es'", r"the rollup of shard \d+ says score_sums {'em"),
+        (
+            "UPDATE score_row SET scores = (SELECT max(highest.scores) FROM score_row highest)",
+            r"the rollup of shard \d+ says score_sums {'em",
+        ),
+        (
+            "DELETE FROM metric_list WHERE metric = 'em'",
+            r"run 1 of job 1: 23 completions have other scores than their list of metrics names, that of sample 1 ",
+        ),
         ("DELETE FROM rollup WHERE run_id = 1", r"run 1 .*: the rollup of shard \d+ is missing; run `shortstop db"),
         (
             "INSERT INTO timing (run_id, batch, rows, prefill_ns, decode_ns, decode_tokens, flops, ideal_ns,"
@@ -156,9 +165,9 @@ LESS_TOKENS = {
         ),
         (GONE.split(";")[1], r"run 1 .*: 2 scores are of samples without an outcome"),
         ("DELETE FROM run WHERE id = 2", r"table outcome: 23 rows have a run_id that is not in run, 2 first"),
-        ("DELETE FROM run WHERE id = 2", r"table score: \d+ rows have a run_id that is not in run, 2 first"),
+        ("DELETE FROM run WHERE id = 2", r"table score_row: \d+ rows have a run_id that is not in run, 2 first"),
         ("DELETE FROM sample WHERE id = 3", r"table outcome: 2 rows have a sample_id that is not in sample, 3 first"),
-        ("DELETE FROM sample WHERE id = 3", r"table score: 4 rows have a sample_id that is not in sample, 3 first"),
+        ("DELETE FROM sample WHERE id = 3", r"table score_row: 2 rows have a sample_id that is not in sample, 3 first"),
         (f"DELETE FROM task WHERE id = ({DONE_SHARD})", r"table outcome: 14 rows have a task_id that is not in task"),
         ("DELETE FROM task WHERE state = 'split'", r"table task: 2 rows have a parent_id that is not in task"),
         (

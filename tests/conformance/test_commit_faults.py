@@ -113,7 +113,7 @@ def test_the_connection_is_cut_at_the_commit(
     [
         Fault(b"COPY outcome", after_bytes=3000),
         Fault(b"COPY outcome", answered=False),
-        Fault(b"COPY score", after_bytes=200),
+        Fault(b"COPY score_row", after_bytes=200),
     ],
     ids=["among the outcomes", "at their first", "among the scores"],
 )

@@ -372,6 +372,7 @@ def upgrade_and_die(url: str, point: str) -> None:
         "after CREATE TABLE kernel_plan",
         "after UPDATE alembic_version",
         "before CREATE TABLE job_event",
+        "before DROP TABLE score",
         "before COMMIT",
     ],
 )

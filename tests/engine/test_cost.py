@@ -9,9 +9,10 @@ from tiny_models import HIDDEN, N_LAYERS, VOCABULARY, random_prompts
 from torch import Tensor
 
 from engine.cache import Span
-from engine.cost import Machine, Work, cost
+from engine.cost import Machine, Shape, Work, cost
 from engine.decode import Decoding, Ends
 from engine.engine import Engine, Prompt
+from engine.machine import measure_machine
 from engine.policies import build_rule
 from engine.record import Decoded, TokenRecords
 from engine.spec import PolicySpec, policy
@@ -56,21 +57,17 @@ def test_flops_of_a_fixed_exit_by_hand(tiny_engine: Callable[..., Engine]) -> No
 def test_ideal_by_hand() -> None:
     """Protects the roofline: each piece takes the longer of reading its weights and multiplying with them."""
 
-    class Stack:
-        unembedding = torch.zeros(10, 4)
-        n_heads, n_kv_heads, head_size, hidden_size = 2, 1, 2, 4
-
-        def layer_parameters(self) -> int:
-            return 1000
-
+    shape = Shape(
+        n_layers=3, n_heads=2, n_kv_heads=1, head_size=2, hidden_size=4, layer_parameters=1000, element_size=4
+    )
     work = Work()
     work.run(layers=3, tokens=2, context=99, cached=50)
     reads = 3 * 4 * (1000 + 2 * 1 * 2 * 50)  # float32; keys and values of 50 positions, which two tokens share
     operations = 3 * (2 * 1000 * 2 + 4 * 2 * 2 * 99)
-    assert cost(work, Stack(), Machine(bandwidth=1e9, peak=1e15)).ideal_ns == reads
-    assert cost(work, Stack(), Machine(bandwidth=1e15, peak=1e9)).ideal_ns == operations
+    assert cost(work, shape, Machine(bandwidth=1e9, peak=1e15)).ideal_ns == reads
+    assert cost(work, shape, Machine(bandwidth=1e15, peak=1e9)).ideal_ns == operations
     work.head(parameters=40, states=7)  # one piece bound by reading, one by multiplying: 4 * 40 against 2 * 40 * 7
-    both = cost(work, Stack(), Machine(bandwidth=1e9, peak=1e9))
+    both = cost(work, shape, Machine(bandwidth=1e9, peak=1e9))
     assert both.ideal_ns == max(reads, operations) + 2 * 40 * 7
     assert both.flops == operations + 2 * 40 * 7
 
@@ -158,7 +155,7 @@ def _watched(engine: Engine, spec: PolicySpec) -> tuple[list[TokenRecords], Work
 
 def test_machine_is_measured() -> None:
     """Protects `ideal_ns` from a nonsense machine: both figures are finite and of this planet."""
-    machine = Machine.measure(torch.device("cpu"), torch.float32)
+    machine = measure_machine(torch.device("cpu"), torch.float32)
     assert 1e8 < machine.bandwidth < 1e13
     assert 1e8 < machine.peak < 1e15
 

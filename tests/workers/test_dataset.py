@@ -48,3 +48,29 @@ def test_what_cannot_be_read_is_said_in_a_sentence(saved: str, monkeypatch: pyte
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match="'nobody/nothing' cannot be had"):
         load(dataset="nobody/nothing")
+
+
+def test_parquet_files_are_a_benchmark(tmp_path: Path) -> None:
+    """One file, or all of a folder in the order of their names; a part of the rows is the part of a whole reading."""
+    rows = [{"task": n, "text": f"x{n} = ", "code": str(n)} for n in range(60)]
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for place in range(3):
+        datasets.Dataset.from_list(rows[20 * place : 20 * place + 20]).to_parquet(folder / f"part-{place}.parquet")
+    whole = load(dataset=str(folder), id="task")
+    assert [sample.name for sample in whole.samples] == [str(n) for n in range(60)]
+    one = load(dataset=str(folder / "part-1.parquet"), id="task")
+    assert one.samples == whole.samples[20:40]
+    assert load(dataset=str(folder), id="task", records=[20, 40]).samples == one.samples
+    drawn = load(dataset=str(folder), samples=10, seed=3)
+    more = load(dataset=str(folder), samples=20, seed=3)
+    assert len(drawn.samples) == 10
+    assert {sample.name for sample in drawn.samples} < {sample.name for sample in more.samples}
+
+
+def test_a_row_that_is_no_sample_is_left_out(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"text": "a", "code": "b"}, {"text": None, "code": "b"}]).save_to_disk(tmp_path / "d")
+    benchmark = load(dataset=str(tmp_path / "d"))
+    assert len(benchmark.samples) == 1
+    [sentence] = benchmark.left_out
+    assert sentence.endswith("row 2: field 'text' is a NoneType, not text; it is left out.")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import BadInput, UnknownName
+from workers.benchmarks import line_index
 from workers.benchmarks.catalogue import load_benchmark
 from workers.benchmarks.sample import Benchmark
 from workers.benchmarks.spec import parse_benchmark
@@ -78,33 +79,147 @@ def test_a_draw_keeps_the_files_order(tmp_path):
     assert [sample.source_group for sample in drawn.samples].count("a") == 5
 
 
+GOOD = {"prompt": "p", "reference": "r", "id": "first"}
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
         ('{"prompt": "p", "reference": ', "line 2: not JSON (Expecting value at character 29)"),
-        ('{"prompt": "p", "referense": "r"}', "line 2: field 'reference' is missing; did you mean 'referense'?"),
-        ('{"prompt": "p", "x": "r"}', "line 2: field 'reference' is missing; the line has prompt, x."),
+        ('{"prompt": "p", "referense": "r"}', "line 2: field 'reference' is missing"),
         ('["p", "r"]', "line 2: holds a list, not an object"),
         ('{"prompt": "p", "reference": null}', "line 2: field 'reference' is a NoneType, not text"),
-        ('{"prompt": "", "reference": "r"}', "line 2: field 'prompt' is empty"),
+        ('{"prompt": "", "reference": "r"}', "line 2: field 'prompt' is empty, and a model needs something to go on"),
         ('{"prompt": "p\\u0000", "reference": "r"}', "line 2: field 'prompt' holds a null character"),
         (
             '{"prompt": "p", "reference": "\\ud800"}',
             "line 2: field 'reference' holds a null character or a lone surrogate",
         ),
-        ('{"prompt": "p", "reference": "r", "id": true}', "line 2: field 'id' is True"),
-        ('{"prompt": "p", "reference": "r", "id": "first"}', "line 2: id 'first' is already that of line 1"),
+        ('{"prompt": "p", "reference": "r", "id": true}', "line 2: field 'id' is True, but an id is text or a whole"),
+        ('{"prompt": "p", "reference": "  \\n x"}', "line 2: field 'reference' is empty up to the end of its line"),
         ('{"n": ' + "9" * 5000 + "}", "line 2: JSON beyond what Python reads"),
         ("[" * 100_000, "line 2: "),
+        (json.dumps({"prompt": "p" * 10_000_000, "reference": "r"}), "line 2: has more than 8,388,608 bytes"),
+        (json.dumps(GOOD), "line 2: it repeats line 1, id 'first'"),
     ],
 )
-def test_a_broken_line_is_named(tmp_path, line, sentence):
-    """File and line number, what is wrong and what to do: in one sentence."""
-    file = write(tmp_path / "broken.jsonl", {"prompt": "p", "reference": "r", "id": "first"}, line)
+def test_a_broken_line_is_left_out_and_the_rest_counts(tmp_path, line, sentence):
+    """File and line number and what is wrong, in one sentence; the lines around it are samples as ever."""
+    last = GOOD | {"id": "last"}
+    file = write(tmp_path / "broken.jsonl", GOOD, line, last)
+    for options in ({}, {"records": [0, 3]}):
+        benchmark = load({"jsonl": file, "id": "id" if '"id"' in line else None, **options})
+        names = ["first", "last"] if '"id"' in line else ["1", "3"]
+        assert [sample.name for sample in benchmark.samples] == names
+        [left_out] = benchmark.left_out
+        assert left_out.startswith(f"{file}, {sentence}")
+        assert left_out.endswith("; it is left out.")
+        assert "\n" not in left_out
+
+
+def test_a_line_that_is_not_utf_8_is_left_out(tmp_path):
+    """One row of another encoding in a file of many."""
+    file = tmp_path / "mixed.jsonl"
+    row = json.dumps(GOOD).encode()
+    file.write_bytes(row + b'\n{"prompt": "caf\xe9", "reference": "r"}\n' + row.replace(b"first", b"last") + b"\n")
+    benchmark = load({"jsonl": str(file), "id": "id"})
+    assert [sample.name for sample in benchmark.samples] == ["first", "last"]
+    assert benchmark.left_out == [f"{file}, line 2: byte 16 is not UTF-8; it is left out."]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([{"prompt": "p", "referense": "r"}], "line 1: field 'reference' is missing; did you mean 'referense'?"),
+        ([{"prompt": "p", "x": "r"}], "line 1: field 'reference' is missing; the line has prompt, x."),
+        ([GOOD, GOOD | {"reference": "other"}], "line 2: id 'first' is already that of line 1, which holds something"),
+    ],
+)
+def test_what_is_not_safe_to_pass_over_is_refused(tmp_path, rows, sentence):
+    """A field that no record has, and an id that means two samples: the benchmark would not be what was asked for."""
+    file = write(tmp_path / "wrong.jsonl", *rows)
     with pytest.raises(BadInput) as fault:
-        load({"jsonl": file, "id": "id" if '"id"' in line else None})
+        load({"jsonl": file, "id": "id" if "id" in rows[0] else None})
     assert f"{file}, {sentence}" in str(fault.value)
     assert "\n" not in str(fault.value)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_fault(tmp_path):
+    """The same samples as of the file without them, also where the file is read through its index."""
+    rows = [{"prompt": f"p{i}", "reference": "r"} for i in range(5)]
+    plain = write(tmp_path / "plain.jsonl", *rows)
+    windows = tmp_path / "windows.jsonl"
+    windows.write_bytes(b"\xef\xbb\xbf" + Path(plain).read_bytes().replace(b"\n", b"\r\n"))
+    for options in ({}, {"records": [0, 4]}, {"samples": 3}):
+        one, other = load({"jsonl": plain, **options}), load({"jsonl": str(windows), **options})
+        assert one.samples == other.samples
+        assert other.left_out == []
+
+
+def test_only_so_many_sentences_are_kept(tmp_path):
+    """A large file that is all wrong fills neither the record nor the report."""
+    file = write(tmp_path / "many.jsonl", GOOD, *["no JSON"] * 1000)
+    left_out = load({"jsonl": file}).left_out
+    assert len(left_out) == 201
+    assert left_out[-1] == "800 more are left out."
+
+
+def test_records_are_taken_by_their_places(tmp_path):
+    """Blank lines are no records; numbers stay those of the lines; what lies outside is not looked at."""
+    lines = [json.dumps({"prompt": f"p{i}", "reference": "r"}) for i in range(10)]
+    file = write(tmp_path / "x.jsonl", *lines[:3], "", "  ", *lines[3:9], "no JSON")
+    benchmark = load({"jsonl": file, "records": [2, 5]})
+    assert [(sample.name, sample.prompt) for sample in benchmark.samples] == [("3", "p2"), ("6", "p3"), ("7", "p4")]
+    assert benchmark.left_out == []
+    packed = tmp_path / "x.jsonl.gz"
+    packed.write_bytes(gzip.compress(Path(file).read_bytes()))
+    assert load({"jsonl": str(packed), "records": [2, 5]}).content_hash == benchmark.content_hash
+    with pytest.raises(BadInput, match=r"records is \[5, 2\]; give the first, counted from 0, and one past the last"):
+        load({"jsonl": file, "records": [5, 2]})
+    with pytest.raises(BadInput, match="has no samples"):
+        load({"jsonl": file, "records": [50, 60]})
+
+
+def test_a_draw_through_the_index_is_the_draw_of_all(tmp_path):
+    """Records that are read one by one, where they lie, are those that a whole reading would have drawn; what turns
+    out to be broken is replaced by the next of the order.
+    """
+    lines = [json.dumps({"prompt": f"p{i}", "reference": "r"}) for i in range(300)]
+    packed = tmp_path / "x.jsonl.gz"
+    for broken in ([], [3, 50, 51, 299]):
+        rows = ["no JSON" if place in broken else line for place, line in enumerate(lines)]
+        file = write(tmp_path / "x.jsonl", *rows)
+        packed.write_bytes(gzip.compress(Path(file).read_bytes()))
+        for count in (1, 40, 120, 290):
+            spec = {"samples": count, "seed": 5}
+            here, there = load({"jsonl": file, **spec}), load({"jsonl": str(packed), **spec})
+            assert here.samples == there.samples
+            assert len(here.samples) == count
+
+
+def test_the_index_is_that_of_the_file_as_it_is(tmp_path):
+    """A file that changed is looked at again."""
+    file = write(tmp_path / "x.jsonl", *[{"prompt": f"p{i}", "reference": "r"} for i in range(4)])
+    assert [one.prompt for one in load({"jsonl": file, "records": [3, 9]}).samples] == ["p3"]
+    write(tmp_path / "x.jsonl", *[{"prompt": f"longer{i}", "reference": "r"} for i in range(5)])
+    assert [one.prompt for one in load({"jsonl": file, "records": [3, 9]}).samples] == ["longer3", "longer4"]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 64])
+def test_lines_are_found_wherever_the_pieces_of_a_file_end(tmp_path, monkeypatch, piece):
+    """The index made of small pieces is that of the whole: long lines, blank ones, and a last one without its end."""
+    text = b"a\n\n  \nbb bb\r\n\r\n" + b"c" * 100 + b"\n \nlast"
+    (tmp_path / "x").write_bytes(text)
+    monkeypatch.setattr(line_index, "_PIECE", piece)
+    with (tmp_path / "x").open("rb") as file:
+        index = line_index.LineIndex(line_index._lines(file))
+    expected = []
+    at = 0
+    for number, line in enumerate(text.split(b"\n"), start=1):
+        if line.strip():
+            expected.append((at, number))
+        at += len(line) + 1
+    assert [(index.offset(place), index.number(place)) for place in range(len(index))] == expected
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

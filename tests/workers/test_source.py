@@ -94,7 +94,7 @@ def test_a_source_changes_its_version_with_its_content_unless_named(tmp_path):
     after, renamed = load({"source": source}), load({"source": source, "name": "ours"})
     assert before.name == after.name
     assert before.version != after.version
-    assert (named.name, named.version) == (renamed.name, renamed.version) == ("ours", "1")
+    assert (named.name, named.version) == (renamed.name, renamed.version) == ("ours", "2")
     assert named.content_hash != renamed.content_hash
 
 

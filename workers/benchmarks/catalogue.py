@@ -14,9 +14,8 @@ from workers.benchmarks.declared import Declaration, known_declarations, load_de
 from workers.benchmarks.draw import draw
 from workers.benchmarks.files import read_source
 from workers.benchmarks.jsonl import jsonl_samples
-from workers.benchmarks.lines import language_named
 from workers.benchmarks.sample import Benchmark, Sample, content_version
-from workers.benchmarks.source import Tokenizer, next_line_samples, random_cut_samples
+from workers.benchmarks.source import Tokenizer, cut_samples, random_cut_samples
 from workers.benchmarks.spec import (
     BenchmarkSpec,
     CatalogueBenchmark,
@@ -27,9 +26,13 @@ from workers.benchmarks.spec import (
 )
 
 #: of how files become samples; part of the version, so that a changed recipe never passes for the same benchmark
-SOURCE_RECIPE = "1"
+#: 2: what is generated, copied or not tracked is left out
+SOURCE_RECIPE = "2"
 #: 2: references end where completions do
 RECORDS_RECIPE = "2"
+
+#: of a source's options those that tell it from another, in the order of its name
+_NAMING = ("revision", "task", "language", "include", "exclude", "ends", "samples", "seed")
 
 
 @dataclass(frozen=True)
@@ -84,25 +87,27 @@ def load_benchmark(spec: BenchmarkSpec, *, tokenizer_of: Callable[[], Tokenizer]
 
 
 def _from_source(spec: SourceBenchmark, tokenizer_of: Callable[[], Tokenizer], max_new_tokens: int) -> Benchmark:
-    files = read_source(spec.source, language_named(spec.language))
+    files = read_source(spec)
+    dropped: list[str] = []
     if spec.task == "random-cut":
         samples = random_cut_samples(spec, files, tokenizer_of(), max_new_tokens)
     else:
-        samples = next_line_samples(spec, files)
-    name = f"source:{_last_part(spec.source)}{_options(spec, 'task', 'language', 'samples', 'seed')}"
+        samples, dropped = cut_samples(spec, files)
+    name = f"source:{_last_part(spec.source)}{_options(spec, *_NAMING)}"
     return Benchmark(
         name=spec.name or name,
         version=_version(spec, samples),
-        ends="line" if spec.task == "next-line" else "text",
+        ends=spec.end,
         samples=samples,
-        left_out=files.left_out,
+        left_out=[*files.left_out, *dropped],
+        store_text=spec.store_text,
     )
 
 
 def _from_records(spec: RecordsBenchmark, name: str, whole: list[Sample], left_out: list[str]) -> Benchmark:
     samples = _subset(whole, spec.samples, spec.seed)
-    name = f"{name}{_options(spec, 'split', 'config', 'samples', 'seed')}"
-    return Benchmark(spec.name or name, _version(spec, samples), spec.ends, samples, left_out)
+    name = f"{name}{_options(spec, 'split', 'config', 'records', 'samples', 'seed')}"
+    return Benchmark(spec.name or name, _version(spec, samples), spec.ends, samples, left_out, spec.store_text)
 
 
 def _drawn(whole: Benchmark, spec: CatalogueBenchmark) -> Benchmark:
@@ -142,5 +147,5 @@ def _last_part(path: str) -> str:
 def _why_empty(benchmark: Benchmark) -> str:
     sentence = f"benchmark {benchmark.name!r} has no samples; give a source, language or file that has some."
     if benchmark.left_out:
-        sentence += f" {len(benchmark.left_out)} files were left out; the first: {benchmark.left_out[0]}"
+        sentence += f" {len(benchmark.left_out)} pieces of input were left out; the first: {benchmark.left_out[0]}"
     return sentence

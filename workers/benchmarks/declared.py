@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from workers.benchmarks.dataset import open_dataset
 from workers.benchmarks.ends import Ends, cut
 from workers.benchmarks.jsonl import records_of
 from workers.benchmarks.lines import language_named, substantive_lines
-from workers.benchmarks.records import LeftOut, Record, unique
+from workers.benchmarks.records import LeftOut, Record, Sentences, each, unique
 from workers.benchmarks.sample import Benchmark, Sample
 from workers.scoring.codexglue import post_process
 
@@ -103,9 +104,10 @@ def known_declarations() -> dict[str, Declaration]:
 
 def load_declared(declaration: Declaration, beside: Path = ENTRIES) -> Benchmark:
     """All its samples. beside: the folder of the declaration's file. Raises `BadInput`, also where the data is not."""
-    left_out: list[str] = []
-    samples = unique(_samples(declaration, _records(declaration, beside), left_out))
-    return Benchmark(declaration.name, declaration.version, declaration.ends, samples, left_out)
+    left_out = Sentences()
+    made = each(_records(declaration, beside), partial(_samples, declaration), left_out)
+    samples = unique(made, left_out)
+    return Benchmark(declaration.name, declaration.version, declaration.ends, samples, left_out.listed())
 
 
 def benchmarks_folder() -> Path:
@@ -143,18 +145,12 @@ def _folders(package: str | None, beside: Path) -> list[Path]:
     return [Path(folder) for folder in (found and found.submodule_search_locations) or []]
 
 
-def _samples(
-    declaration: Declaration, records: Iterable[Record], left_out: list[str]
-) -> Iterator[tuple[Record, Sample]]:
+def _samples(declaration: Declaration, record: Record) -> Iterator[Sample]:
     make = {"given": _given, "lines": _lines, "function-body": _function_body}[declaration.task]
-    for record in records:
-        try:
-            for sample in make(declaration, record):
-                if not sample.reference.strip():
-                    raise LeftOut(f"sample {sample.name!r} has an empty reference")
-                yield record, sample
-        except LeftOut as reason:
-            left_out.append(f"{record.where}: {reason}; it is left out.")
+    for sample in make(declaration, record):
+        if not sample.reference.strip():
+            raise LeftOut(f"sample {sample.name!r} has an empty reference")
+        yield sample
 
 
 def _given(declaration: Declaration, record: Record) -> Iterator[Sample]:

@@ -1,9 +1,10 @@
 """Draws that come out the same on every machine and every Python: ranks by SHA-256, no random stream."""
 
 import hashlib
+import heapq
 import json
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from itertools import islice
 
 Place = tuple[str, int]  # a group, and an index within it
@@ -23,6 +24,23 @@ def draw(groups: Sequence[str], size: Callable[[str], int], count: int | None, s
     order = {group: place for place, group in enumerate(groups)}
     ranked = sorted(groups, key=lambda group: _rank(seed, group))
     return sorted(islice(_in_turns(ranked, shuffled), count), key=lambda place: (order[place[0]], place[1]))
+
+
+def ranked(places: Iterable[int], group: Callable[[int], str], count: int, seed: int) -> Iterator[int]:
+    """The places in the order in which `draw` would take them, were each the only one of its group.
+
+    The first `count` and some more are found without remembering the ranks of all.
+    """
+    some = 2 * count + 100
+    key = partial(_rank_of, group, seed)
+    first = heapq.nsmallest(some, places, key=key)
+    yield from first
+    if len(first) == some:
+        yield from sorted(places, key=key)[some:]
+
+
+def _rank_of(group: Callable[[int], str], seed: int, place: int) -> str:
+    return _rank(seed, group(place))
 
 
 def choose(low: int, high: int, *key: str | int) -> int:

@@ -23,6 +23,8 @@ ENDS: tuple[Ends, ...] = get_args(Ends)
 _BY_INDENTATION = frozenset({"python"})
 #: a statement ends where its line does, unless a semicolon ended it before
 _BY_LINE = frozenset({"python", "ruby", "go", "kotlin", "javascript", "typescript"})
+#: a line that begins with # is a statement
+_PREPROCESSED = frozenset({"c", "cpp", "csharp"})
 
 _PAIRS = {")": ("(",), "]": ("[",), "}": ("{", "block")}
 #: before a brace that begins a value: an object, an initialiser
@@ -30,9 +32,17 @@ _BEFORE_VALUE = re.compile(r"(?:(?<![=<>!])=|[(,?:\[\]]|\breturn)\s*$")
 _UNFINISHED_LINE = re.compile(r"(?:\\|[-+*/%=&|^<>?:,.])\s*$")
 _DEF = re.compile(r"^([ \t]*)(?:async[ \t]+)?def\b", re.MULTILINE)
 #: before the brace of a function: a parameter list, and what may stand between it and the brace
-_HEAD = re.compile(r"\)\s*(?:(?:const|noexcept|override|final|throws|async|where|mut|->|=>|:)[^;{}]*)?$")
+_HEAD = re.compile(r"\)\s*(?:(?:const|noexcept|override|final|throws|async|where|mut|->|:)(?:(?!=>)[^;{}])*)?$")
+#: before that of a function without a name; in Rust and PHP the sign belongs to the arms of a match
+_ARROW = {
+    "javascript": re.compile(r"=>\s*$"),
+    "typescript": re.compile(r"=>\s*$"),
+    "csharp": re.compile(r"=>\s*$"),
+    "java": re.compile(r"->\s*$"),
+}
 _NO_FUNCTION = re.compile(
     r"(?:^|[\s;{}])(?:if|for|while|switch|catch|else|match|with|synchronized|using|lock)\b[^;{}]*$"
+    r"|\b(?:case|default)\b[^;{}]*->\s*$"
 )
 
 
@@ -102,11 +112,19 @@ def _closes_statement(text: str, sign: _Sign, opened: list[str], language: str) 
     if opened and opened[-1] != "block":
         return False
     if sign.what == "\n":
-        line = text[: sign.at].rsplit("\n", 1)[-1]
-        if language in _BY_INDENTATION:
+        line = _logical_line(text, sign.at)
+        if language in _BY_INDENTATION or (language in _PREPROCESSED and line.lstrip().startswith("#")):
             return not line.endswith("\\")
         return language in _BY_LINE and not _UNFINISHED_LINE.search(line)
     return sign.what == ";" or (sign.what == "{" and language not in _BY_INDENTATION)
+
+
+def _logical_line(text: str, end: int) -> str:
+    """The line that ends there, with those before it that a backslash joins to it."""
+    start = text.rfind("\n", 0, end) + 1
+    while start > 1 and text[start - 2] == "\\":
+        start = text.rfind("\n", 0, start - 1) + 1
+    return text[start:end]
 
 
 def _end_of_block(prompt: str, text: str, language: str) -> int:
@@ -121,7 +139,7 @@ def _end_of_function(prompt: str, text: str, language: str) -> int:
         heads = _DEF.findall(prompt)
         return _dedent(prompt, text, language, _width(heads[-1]) + 1 if heads else 1)
     braces = _open_braces(prompt, language)
-    heads = [place for place, brace in enumerate(braces, start=1) if _is_function(prompt[:brace])]
+    heads = [place for place, brace in enumerate(braces, start=1) if _is_function(prompt[:brace], language)]
     return _closing_brace(prompt, text, language, heads[-1] if heads else len(braces))
 
 
@@ -133,17 +151,23 @@ def _own_indentation(prompt: str, text: str) -> int:
 
 
 def _dedent(prompt: str, text: str, language: str, least: int) -> int:
-    """The end of the last line before the first one, behind the cut, that is indented less than `least`."""
-    fresh, last = False, None
+    """The end of the last line with code before the first one, behind the cut, that is indented less than `least`.
+
+    A comment between the two belongs to what follows.
+    """
+    fresh, has_code, last = False, False, None
     for sign in _signs(text, language, joined=True):
         if sign.what == "\n":
             fresh = sign.at >= len(prompt) - 1
-            last = sign.at if sign.at >= len(prompt) else last
-        elif fresh:
+            last = sign.at if has_code and sign.at >= len(prompt) else last
+            has_code = False
+            continue
+        if fresh:
             fresh = False
             start = text.rfind("\n", 0, sign.at) + 1
             if start >= len(prompt) and _width(text[start:]) < least:
                 return len(prompt) if last is None else last
+        has_code = True
     return len(text)
 
 
@@ -170,10 +194,12 @@ def _open_braces(prompt: str, language: str) -> list[int]:
     return found
 
 
-def _is_function(head: str) -> bool:
+def _is_function(head: str, language: str) -> bool:
     """Whether a brace behind this text opens the body of a function."""
-    statement = re.split(r"[;{}]", head[-400:])[-1]
-    return _HEAD.search(head[-400:]) is not None and _NO_FUNCTION.search(f" {statement}") is None
+    near = head[-400:]
+    statement = re.split(r"[;{}]", near)[-1]
+    arrow = language in _ARROW and _ARROW[language].search(near)
+    return bool(arrow or _HEAD.search(near)) and _NO_FUNCTION.search(f" {statement}") is None
 
 
 def _signs(text: str, language: str, *, joined: bool = False) -> Iterator[_Sign]:

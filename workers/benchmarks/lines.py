@@ -1,6 +1,7 @@
 """Lines of source code: what a language's files are called, and which of their lines are worth completing."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine.errors import BadInput
@@ -30,6 +31,15 @@ def language_named(name: str) -> Language:
     if name not in LANGUAGES:
         raise BadInput(unknown("language", name, list(LANGUAGES)))
     return LANGUAGES[name]
+
+
+def languages_by_extension(names: Iterable[str]) -> dict[str, str]:
+    """The language of a file by its extension. `.h` is C's where C is among them. Raises `BadInput`."""
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        for extension in language_named(name).extensions:
+            found.setdefault(extension, name)
+    return found
 
 
 def substantive_lines(lines: list[str], language: Language) -> list[int]:

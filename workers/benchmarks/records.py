@@ -2,12 +2,14 @@
 
 import re
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from functools import cache
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 from engine.errors import BadInput
+from workers.benchmarks.draw import ranked
 from workers.benchmarks.ends import cut
 from workers.benchmarks.sample import Sample
 from workers.benchmarks.spec import RecordsBenchmark
@@ -19,39 +21,110 @@ class LeftOut(Exception):
     """Why a record makes no sample, while the rest of the benchmark counts."""
 
 
-def samples_of(spec: RecordsBenchmark, records: Iterable["Record"]) -> tuple[list[Sample], list[str]]:
-    """A sample a record, and a sentence for each record that is left out because its reference came out empty.
+class MissingField(LeftOut):
+    """A record lacks a field: where it is the first, the field's name is wrong."""
 
-    Raises `BadInput` with the place of a record that lacks something or repeats an id.
+    def __init__(self, sentence: str, remedy: str) -> None:
+        super().__init__(sentence)
+        self.remedy = remedy
+
+
+class Records(Protocol):
+    """Records that can be had by their places, without reading those between."""
+
+    def __len__(self) -> int: ...
+
+    def number(self, place: int) -> int:
+        """By which the record counts, from 1 on."""
+
+    def at(self, places: Iterable[int]) -> Iterator["Record"]: ...
+
+
+class Sentences:
+    """Why records were left out: the first ones in full, of the others how many they are."""
+
+    MOST = 200
+
+    def __init__(self) -> None:
+        self._first: list[str] = []
+        self._more = 0
+
+    def add(self, record: "Record", reason: object) -> None:
+        if len(self._first) < self.MOST:
+            self._first.append(f"{record.where}: {reason}; it is left out.")
+        else:
+            self._more += 1
+
+    def listed(self) -> list[str]:
+        return [*self._first, *([f"{self._more:,} more are left out."] if self._more else [])]
+
+
+def samples_of(spec: RecordsBenchmark, records: "Iterable[Record] | Records") -> tuple[list[Sample], list[str]]:
+    """A sample a record, and a sentence for each record that is left out.
+
+    Of records that have places only those are read which the spec asks for: where neither id nor group is a field, a
+    record is drawn by its number. Raises `BadInput` where the spec names a field that records do not have, and where
+    two different records have one id.
     """
-    left_out: list[str] = []
+    left_out = Sentences()
 
-    def made() -> Iterator[tuple[Record, Sample]]:
-        for record in records:
-            try:
-                yield record, sample_of(spec, record)
-            except LeftOut as reason:
-                left_out.append(f"{record.where}: {reason}; it is left out.")
+    def made(chosen: Iterable[Record]) -> list[Sample]:
+        return unique(each(chosen, lambda record: [sample_of(spec, record)], left_out), left_out)
 
-    return unique(made()), left_out
+    if isinstance(records, Iterable):
+        first, end = spec.records or (0, None)
+        return made(islice(records, first, end)), left_out.listed()
+    first, end = spec.records or (0, len(records))
+    places = range(min(first, len(records)), min(end, len(records)))
+    if spec.samples is None or spec.samples >= len(places) or spec.id is not None or spec.group is not None:
+        return made(records.at(places)), left_out.listed()
+    drawn = records.at(ranked(places, lambda place: str(records.number(place)), spec.samples, spec.seed))
+    samples = each(drawn, lambda record: [sample_of(spec, record)], left_out)
+    kept = [sample for _, sample in islice(samples, spec.samples)]
+    return sorted(kept, key=lambda sample: int(sample.name)), left_out.listed()
 
 
-def unique(samples: Iterable[tuple["Record", Sample]]) -> list[Sample]:
-    """The samples. Raises `BadInput` with the place of the first record that repeats an id."""
+def each(
+    records: Iterable["Record"], make: Callable[["Record"], Iterable[Sample]], left_out: Sentences
+) -> Iterator[tuple["Record", Sample]]:
+    """The samples that `make` has of each record; those of which it has none are left out.
+
+    Raises `BadInput` with the place of a record that lacks a field, where no record before it had it.
+    """
+    none_yet = True
+    for record in records:
+        try:
+            for sample in make(record):
+                yield record, sample
+                none_yet = False
+        except MissingField as reason:
+            if none_yet:
+                raise BadInput(f"{record.where}: {reason}; {reason.remedy}") from None
+            left_out.add(record, reason)
+        except LeftOut as reason:
+            left_out.add(record, reason)
+
+
+def unique(samples: Iterable[tuple["Record", Sample]], left_out: Sentences) -> list[Sample]:
+    """The samples, each once. Raises `BadInput` with the place of a record that has the id of a different one."""
     found = []
-    first_use: dict[str, int] = {}
+    first_use: dict[str, tuple[int, Sample]] = {}
     for record, sample in samples:
-        if sample.name in first_use:
-            raise record.fault(
-                f"id {sample.name!r} is already that of {record.unit} {first_use[sample.name]}; ids must differ."
+        number, first = first_use.setdefault(sample.name, (record.number, sample))
+        if first is sample:
+            found.append(sample)
+        elif first == sample:
+            left_out.add(record, f"it repeats {record.unit} {number}, id {sample.name!r}")
+        else:
+            raise BadInput(
+                f"{record.where}: id {sample.name!r} is already that of {record.unit} {number}, which holds something "
+                "else; ids must differ."
             )
-        first_use[sample.name] = record.number
-        found.append(sample)
     return found
 
 
 def sample_of(spec: RecordsBenchmark, record: "Record") -> Sample:
-    """The sample that a record holds. Raises `BadInput` with the record's place, and `LeftOut`."""
+    """The sample that a record holds. Raises `LeftOut`."""
     name = record.label("id", spec.id) if spec.id else str(record.number)
     prompt = record.text("prompt", spec.prompt, may_be_empty=False)
     reference = record.text("reference", spec.reference)
@@ -71,25 +144,25 @@ def sample_of(spec: RecordsBenchmark, record: "Record") -> Sample:
 class Record:
     """One record, where it stands, and what is wrong with it."""
 
-    def __init__(self, source: str, unit: str, number: int, fields: dict[str, Any]) -> None:
-        """unit: what the source counts, from 1 on: lines, rows."""
+    def __init__(self, source: str, unit: str, number: int, fields: dict[str, Any], fault: str | None = None) -> None:
+        """unit: what the source counts, from 1 on: lines, rows. fault: why there are no fields to be had."""
         self.unit, self.number = unit, number
         self.where = f"{source}, {unit} {number}"
-        self._fields = fields
+        self._fields, self._fault = fields, fault
 
     def text(self, option: str, field: str, *, may_be_empty: bool = True) -> str:
         value = self._value(option, field)
         if not isinstance(value, str):
-            raise self.fault(f"field {field!r} is a {type(value).__name__}, not text; correct it.")
+            raise LeftOut(f"field {field!r} is a {type(value).__name__}, not text")
         if not value and not may_be_empty:
-            raise self.fault(f"field {field!r} is empty; a model needs something to go on.")
+            raise LeftOut(f"field {field!r} is empty, and a model needs something to go on")
         return self._storable(field, value)
 
     def label(self, option: str, field: str) -> str:
         """Text, or a whole number as text."""
         value = self._value(option, field)
         if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-            raise self.fault(f"field {field!r} is {value!r}; an {option} is text or a whole number.")
+            raise LeftOut(f"field {field!r} is {value!r}, but an {option} is text or a whole number")
         return self._storable(field, str(value))
 
     def filled(self, template: str) -> str:
@@ -101,15 +174,23 @@ class Record:
             literal if field is None else literal + self._written(field) for literal, field in _pieces(template)
         )
 
+    def strings(self) -> list[str]:
+        """All texts in the record, those in lists and in records within it included. Raises `LeftOut`."""
+        if self._fault is not None:
+            raise LeftOut(self._fault)
+        return list(_strings(self._fields))
+
     def _written(self, field: str) -> str:
         value = self._value("fields", field)
         if isinstance(value, list) and all(isinstance(one, str) for one in value):
             value = "\n".join(value)
         if isinstance(value, bool) or not isinstance(value, int | str):
-            raise self.fault(f"field {field!r} is a {type(value).__name__}, not text or lines; correct it.")
+            raise LeftOut(f"field {field!r} is a {type(value).__name__}, not text or lines")
         return self._storable(field, str(value))
 
     def _value(self, option: str, field: str) -> Any:
+        if self._fault is not None:
+            raise LeftOut(self._fault)
         if field in self._fields:
             return self._fields[field]
         if field == "number":
@@ -117,16 +198,13 @@ class Record:
         near = get_close_matches(field, self._fields, n=1, cutoff=0.5)
         has = ", ".join(sorted(self._fields)) or "no fields"
         hint = f"did you mean {near[0]!r}?" if near else f"the {self.unit} has {has}."
-        raise self.fault(f"field {field!r} is missing; {hint} Name the right one with `{option}: …`.")
+        raise MissingField(f"field {field!r} is missing", f"{hint} Name the right one with `{option}: …`.")
 
     def _storable(self, field: str, value: str) -> str:
         """No database text holds a null character or half a surrogate pair."""
         if _NOT_STORABLE.search(value):
-            raise self.fault(f"field {field!r} holds a null character or a lone surrogate; remove it.")
+            raise LeftOut(f"field {field!r} holds a null character or a lone surrogate")
         return value
-
-    def fault(self, sentence: str) -> BadInput:
-        return BadInput(f"{self.where}: {sentence}")
 
 
 @cache
@@ -136,3 +214,11 @@ def _pieces(template: str) -> tuple[tuple[str, str | None], ...]:
         return tuple((literal, field) for literal, field, _, _ in string.Formatter().parse(template))
     except ValueError as error:
         raise BadInput(f"{template!r} is no text with {{field}} in it ({error}); double a brace that is one.") from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _strings(one)

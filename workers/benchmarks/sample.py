@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from itertools import chain
 
 
@@ -29,11 +29,38 @@ class Benchmark:
     ends: str  #: where a completion ends, see `workers.benchmarks.ends`; the references end there too
     samples: list[Sample]
     left_out: list[str] = field(default_factory=list)  #: a sentence for each piece of input that was passed over
+    store_text: bool = True  #: whether the record may have the samples' texts
+
+    @property
+    def recorded(self) -> list[Sample]:
+        """The samples as the record has them: with hashes for texts where those are not to be stored."""
+        return self.samples if self.store_text else [withheld(sample) for sample in self.samples]
 
     @property
     def content_hash(self) -> str:
-        """See `content_hash`."""
-        return content_hash(self.version, self.ends, self.samples)
+        """See `content_hash`. Of what is recorded, so that it can be checked there; hence another without the texts."""
+        return content_hash(self.version, self.ends, self.recorded)
+
+
+def withheld(sample: Sample) -> Sample:
+    """The sample with a hash in place of each text."""
+    return replace(
+        sample,
+        prompt=text_hash(sample.prompt),
+        reference=text_hash(sample.prompt, sample.reference),
+        test=None if sample.test is None else text_hash(sample.prompt, sample.test),
+    )
+
+
+def text_hash(*texts: str) -> str:
+    """What stands for a text that is not stored. The prompt is hashed in front of what stands behind it: a short line
+    alone would soon be guessed. A completion that equals the reference has the same hash.
+    """
+    whole = hashlib.sha256()
+    for text in texts:
+        encoded = text.encode("utf-8", "surrogatepass")
+        whole.update(len(encoded).to_bytes(8, "big") + encoded)
+    return f"sha256:{whole.hexdigest()}"
 
 
 def content_hash(version: str, ends: str, samples: Iterable[Sample]) -> str:

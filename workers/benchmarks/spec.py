@@ -2,11 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from engine.errors import BadInput
 from engine.spec import Spec, first_complaint
 from workers.benchmarks.ends import Ends
+from workers.benchmarks.lines import LANGUAGES, language_named
+
+STORE_TEXT = Field(True, description="false: the record keeps hashes and metrics, no prompt, reference or completion")
 
 
 class CatalogueBenchmark(Spec):
@@ -26,11 +29,56 @@ class SourceBenchmark(Spec):
     """The source code in a folder, or of an installed package: the user's own repository is what people care about."""
 
     source: str = Field(min_length=1, description="a folder, or the name of an installed package")
-    task: Literal["random-cut", "next-line"] = "next-line"
-    language: str = "python"
+    revision: str | None = Field(
+        None, min_length=1, description="a branch, tag or commit of the folder's git repository; as it lies when absent"
+    )
+    task: Literal["random-cut", "next-line", "line-rest", "function-body", "single-line-infill"] = "next-line"
+    language: str | list[str] = Field(
+        "python", min_length=1, description="one, several, or `all`; told by the extension of a file's name"
+    )
+    include: list[str] = Field([], description="patterns as .gitignore has them: only files that one of them fits")
+    exclude: list[str] = Field([], description="patterns as .gitignore has them: no file that one of them fits")
+    ends: Ends | None = Field(
+        None, description="where a completion ends, and a reference with it; the task's when absent"
+    )
     samples: int | None = Field(500, ge=1)
     seed: int = 0
+    store_text: bool = STORE_TEXT
     name: str | None = Field(None, min_length=1)
+
+    @field_validator("language")
+    @classmethod
+    def _known(cls, value: str | list[str]) -> str | list[str]:
+        for name in [value] if isinstance(value, str) else value:
+            if name != "all" or not isinstance(value, str):
+                language_named(name)
+        return value
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _ends_fit(self) -> "SourceBenchmark":
+        """What is cut by tokens has no end in the text, and a function's body ends where the function does."""
+        only = {"random-cut": "text", "function-body": "function"}.get(self.task)
+        if only is not None and self.ends not in (None, only):
+            raise ValueError(f"ends is {self.ends!r}, but task {self.task} ends with {only!r}; leave ends out.")
+        return self
+
+    @property
+    def languages(self) -> list[str]:
+        """By name."""
+        if self.language == "all":
+            return list(LANGUAGES)
+        return [self.language] if isinstance(self.language, str) else self.language
+
+    @property
+    def end(self) -> Ends:
+        """Where completions end."""
+        default: Ends = "text" if self.task == "random-cut" else "function" if self.task == "function-body" else "line"
+        return self.ends or default
 
 
 class RecordsBenchmark(Spec):
@@ -43,9 +91,20 @@ class RecordsBenchmark(Spec):
     language: str = "python"
     ends: Ends = Field("line", description="where a completion ends, and a reference with it")
     test: str | None = Field(None, description="field of a program that passes behind prompt and completion")
+    records: tuple[int, int] | None = Field(
+        None, description="only these of the source: from the first, counted from 0, up to and without the second"
+    )
     samples: int | None = Field(None, ge=1)
     seed: int = 0
+    store_text: bool = STORE_TEXT
     name: str | None = Field(None, min_length=1)
+
+    @field_validator("records")
+    @classmethod
+    def _in_order(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 0 <= value[0] < value[1]:
+            raise ValueError(f"records is {list(value)}; give the first, counted from 0, and one past the last.")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -64,11 +123,14 @@ class JsonlBenchmark(RecordsBenchmark):
 
 
 class DatasetBenchmark(RecordsBenchmark):
-    """A dataset of the library `datasets`: a folder that `save_to_disk` wrote, or a hub id."""
+    """A dataset of the library `datasets`: a folder that `save_to_disk` wrote, Parquet files, or a hub id."""
 
     dataset: str = Field(min_length=1)
     split: str = "test"
     config: str | None = Field(None, description="the dataset's configuration, where it has several")
+    streaming: bool = Field(
+        False, description="of the hub: read over the network, as far as needed, not fetched before"
+    )
 
 
 BenchmarkSpec = Annotated[

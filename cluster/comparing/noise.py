@@ -1,0 +1,97 @@
+"""The noise floor: how far two runs of the same spec differ in speed. In quality they do not differ at all."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from cluster.comparing.model import Floor
+from db.noise import NoisePair, keep_pairs, pairs_of, unpaired_runs
+from db.pairs import PairedBatches, paired_batches
+from db.records import RunRow
+from db.session import Database
+from workers.differences import noise_floor
+
+#: what two runs must share to be runs of the same spec; beside it their benchmark and their policy
+SAME = (
+    "weights_hash",
+    "tokenizer_hash",
+    "exits_hash",
+    "dtype",
+    "threads",
+    "compile",
+    "seed",
+    "max_new_tokens",
+    "batch_size",
+    "versions",
+    "git_revision",
+)
+#: runs of one benchmark and policy that are looked at for pairs at once
+_NEWEST = 400
+
+
+def spec_of(run: RunRow, pinned: dict[str, Any]) -> str:
+    """What is the same of two runs of the same spec, and of no others."""
+    return json.dumps(
+        [run.benchmark_id, run.policy_kind, run.policy_spec, [pinned.get(name) for name in SAME]], sort_keys=True
+    )
+
+
+class Floors:
+    """Floors by device class, of one benchmark and policy, without what one pair of runs says of itself."""
+
+    def __init__(self, pairs: list[NoisePair], a: RunRow, b: RunRow) -> None:
+        self._pairs = [pair for pair in pairs if {pair.run_a, pair.run_b} != {a.id, b.id}]
+
+    def of(self, metric: str, device_class: str) -> Floor:
+        mine = [pair for pair in self._pairs if pair.device_class == device_class]
+        ratios = [pair.log_request if metric == "speedup_request" else pair.log_token for pair in mine]
+        return Floor(pairs=len(ratios), share=noise_floor(ratios))
+
+
+def floors(db: Database, content_hash: str, a: RunRow, b: RunRow) -> Floors:
+    """What is known for B's policy on this benchmark; runs that nobody has paired yet are paired first."""
+    pair_runs(db, content_hash, b.policy)
+    return Floors(pairs_of(db, content_hash, b.policy), a, b)
+
+
+def pair_runs(db: Database, content_hash: str, policy: str) -> int:
+    """Pair runs of the same spec, each with the next, each in one pair. Returns how many pairs are new."""
+    waiting: dict[str, tuple[RunRow, dict[str, Any]]] = {}
+    found = []
+    for run, pinned in unpaired_runs(db, content_hash, policy, newest=_NEWEST):
+        key = spec_of(run, pinned)
+        if key not in waiting:
+            waiting[key] = (run, pinned)
+            continue
+        first, _ = waiting.pop(key)
+        batches = paired_batches(db, first, run, pinned["batch_size"])
+        found += [_pair(first, run, content_hash, name, batches) for name in _classes(batches)]
+    if found:
+        keep_pairs(db, found)
+    return len(found)
+
+
+def _classes(batches: PairedBatches) -> list[str]:
+    """Those with enough of both runs to have a speed."""
+    names = sorted(set(batches.device_class.tolist()))
+    return [name for name in names if _sums(batches, name).min() > 0]
+
+
+def _pair(a: RunRow, b: RunRow, content_hash: str, device_class: str, batches: PairedBatches) -> NoisePair:
+    prefill_a, decode_a, tokens_a, prefill_b, decode_b, tokens_b = _sums(batches, device_class)
+    return NoisePair(
+        run_a=a.id,
+        run_b=b.id,
+        device_class=device_class,
+        content_hash=content_hash,
+        policy=b.policy,
+        log_token=float(np.log((decode_a / tokens_a) / (decode_b / tokens_b))),
+        log_request=float(np.log((prefill_a + decode_a) / (prefill_b + decode_b))),
+    )
+
+
+def _sums(batches: PairedBatches, device_class: str) -> Any:
+    mine = batches.device_class == device_class
+    names = ("prefill_a", "decode_a", "tokens_a", "prefill_b", "decode_b", "tokens_b")
+    return np.array([getattr(batches, name)[mine].sum(dtype=np.float64) for name in names])

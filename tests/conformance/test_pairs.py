@@ -1,0 +1,132 @@
+"""Two runs side by side, as a comparison reads them; and the pairs of the same spec that are kept."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from made import claimed, planned_job, results_of, summarise
+
+from db import jobs, noise, pairs, results
+from db.errors import Missing
+from db.noise import NoisePair
+from db.records import ShardResults, TokenArrays
+from db.session import Database
+
+N = 11
+
+
+def finished(db: Database, seed: int, *, n: int = N, name: str = "lines") -> int:
+    job_id = planned_job(db, n, policies=("full", "sec exit=0.9"), benchmarks=(name,))
+    for _ in range(-(-n // 4)):
+        lease = claimed(db, job_id=job_id)
+        results.commit_shard(db, lease, results_of(db, lease, seed=seed))
+    assert results.finalise(db, job_id, summarise)
+    return job_id
+
+
+def test_outcomes_are_paired_by_sample(db: Database) -> None:
+    first, second = (finished(db, seed) for seed in (1, 2))
+    a, b = jobs.runs(db, first)[0], jobs.runs(db, second)[1]
+    rows = list(pairs.paired_outcomes(db, a, b))
+    of_a, of_b = ({row.sample.position: row for row in results.completions(db, run_id=one.id)} for one in (a, b))
+    assert [row.position for row in rows] == list(range(N))
+    for row in rows:
+        one, other = of_a[row.position].outcome, of_b[row.position].outcome
+        assert (row.failed_a, row.failed_b) == (one.error is not None, other.error is not None)
+        assert row.ids_a == written(one.tokens)
+        assert row.ids_b == written(other.tokens)
+        assert not row.is_same
+        assert (row.name, row.source_group) == (f"s/{row.position}", f"group/{row.position // 3}")
+    assert any(row.failed_a for row in rows) or any(row.failed_b for row in rows)
+
+
+def written(tokens: TokenArrays | None) -> list[int] | None:
+    return None if tokens is None else [token for token in tokens.token_ids.tolist() if token >= 0]
+
+
+def test_the_same_tokens_are_the_same(db: Database) -> None:
+    """Also where the probabilities beside them differ, as they do on another device."""
+    first = finished(db, 3)
+    second = planned_job(db, N, policies=("full", "sec exit=0.9"))
+    for _ in range(3):
+        lease = claimed(db, job_id=second)
+        made = results_of(db, lease, seed=3)
+        outcomes = [
+            one
+            if one.tokens is None
+            else replace(one, tokens=replace(one.tokens, confidences=one.tokens.confidences / 2))
+            for one in made.outcomes
+        ]
+        results.commit_shard(db, lease, ShardResults(outcomes, made.scores, made.timings))
+    a, b = jobs.runs(db, first)[1], jobs.runs(db, second)[1]
+    rows = list(pairs.paired_outcomes(db, a, b))
+    assert [row.is_same for row in rows] == [not row.failed_a for row in rows]
+    assert all(row.is_same for row in pairs.paired_outcomes(db, a, a) if not row.failed_a)
+
+
+def test_what_has_not_ended_is_on_one_side_only(db: Database) -> None:
+    first = finished(db, 1)
+    second = planned_job(db, N, policies=("full", "sec exit=0.9"))
+    lease = claimed(db, job_id=second)
+    results.commit_shard(db, lease, results_of(db, lease))
+    rows = list(pairs.paired_outcomes(db, jobs.runs(db, first)[0], jobs.runs(db, second)[0]))
+    assert [row.failed_b is None for row in rows] == [False] * 4 + [True] * 7
+
+
+def test_scores_stand_at_their_samples(db: Database) -> None:
+    [run, _] = jobs.runs(db, finished(db, 4))
+    scores = pairs.scores_of(db, run)
+    assert sorted(scores) == ["em", "es"]
+    for row in results.completions(db, run_id=run.id):
+        assert scores["es"][row.sample.position] == row.scores["es"]
+
+
+def test_batches_count_where_both_timed_them(db: Database) -> None:
+    first, second = (finished(db, seed) for seed in (1, 2))
+    a, b = jobs.runs(db, first)[0], jobs.runs(db, second)[0]
+    found = pairs.paired_batches(db, a, b, 2)
+    mine, theirs = results.run_data(db, a.id), results.run_data(db, b.id)
+    both = mine.timed & theirs.timed
+    assert 0 < len(found) == both.sum() < 6
+    assert found.decode_a.tolist() == mine.decode_ns[both].tolist()
+    assert found.prefill_b.tolist() == theirs.prefill_ns[both].tolist()
+    assert found.tokens_b.tolist() == theirs.decode_tokens[both].tolist()
+    assert found.source_group.tolist() == mine.batch_group[both].tolist()
+    assert set(found.device_class.tolist()) == {"cpu-test"}
+
+
+def test_samples_that_a_job_had_are_known_by_their_texts(db: Database) -> None:
+    first, larger = finished(db, 1), finished(db, 1, n=17, name="more")
+    [run, _] = jobs.runs(db, larger)
+    assert pairs.positions_seen(db, run.benchmark_id, first) == set(range(N))
+
+
+def test_pairs_of_one_spec_are_kept_once(db: Database) -> None:
+    ids = [finished(db, seed) for seed in (1, 2, 3)]
+    [a, b, c] = [jobs.runs(db, job_id)[0] for job_id in ids]
+    content = jobs.benchmark(db, a.benchmark_id).content_hash
+    waiting = noise.unpaired_runs(db, content, "full", newest=10)
+    assert [run.id for run, _ in waiting] == [a.id, b.id, c.id]
+    assert waiting[0][1]["batch_size"] == 2
+    pair = NoisePair(a.id, b.id, "cpu-test", content, "full", 0.25, -0.5)
+    noise.keep_pairs(db, [pair])
+    noise.keep_pairs(db, [replace(pair, log_token=9.0)])
+    assert noise.pairs_of(db, content, "full") == [pair]
+    assert noise.pairs_of(db, content, "sec exit=0.9") == []
+    assert [run.id for run, _ in noise.unpaired_runs(db, content, "full", newest=10)] == [c.id]
+
+
+def test_an_unknown_run_is_missing(db: Database) -> None:
+    with pytest.raises(Missing, match="run 77 does not exist"):
+        pairs.run_of(db, 77)
+    run = jobs.runs(db, finished(db, 1))[1]
+    assert pairs.run_of(db, run.id) == run
+
+
+def test_nan_where_a_sample_has_no_score(db: Database) -> None:
+    job_id = planned_job(db, 4, batch_size=4)
+    lease = claimed(db, job_id=job_id)
+    made = results_of(db, lease)
+    results.commit_shard(db, lease, ShardResults(made.outcomes, made.scores[2:], made.timings))
+    scores = pairs.scores_of(db, jobs.runs(db, job_id)[0])
+    assert np.isnan(scores["es"]).tolist() == [True, False, False, False]
