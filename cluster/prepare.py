@@ -164,6 +164,7 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         git_revision=_git_revision(),
         **_traced(spec, facts, manifest),
     )
+    _check_promise(spec, pinned)
     policies = [planned_policy(policy, manifest) for policy in spec.policies]
     if spec.trace is not None:
         policies = [PlannedPolicy(label=TRACE, kind=TRACE, spec={TRACE: {"target": spec.trace}})]
@@ -182,6 +183,17 @@ def _traced(spec: JobSpec, facts: ModelFacts, manifest: ExitsManifest | None) ->
         "shape": asdict(model_shape(facts, spec.dtype)),
         "heads": head_parameters(facts, manifest),
     }
+
+
+def _check_promise(spec: JobSpec, pinned: Pinned) -> None:
+    """Whether weights and exits are those that a promise was given for. Raises `BadInput`."""
+    for field in ("weights_hash", "exits_hash"):
+        promised, here = getattr(spec.promise, field, None), getattr(pinned, field)
+        if spec.promise is not None and promised != here:
+            raise BadInput(
+                f"promise: it was given for {field} {str(promised)[:12]}, and here it is {str(here)[:12]}; calibrate "
+                "anew, or leave the field promise out."
+            )
 
 
 def metric_versions(names: Iterable[str] | None) -> dict[str, str]:

@@ -12,7 +12,20 @@ from typer.core import TyperGroup
 import cluster.errors
 import db.errors
 import engine.errors
-from cluster.cli import catalogue, exchange, finished, fleet, jobs, machine, query, serve, status, traces, training
+from cluster.cli import (
+    calibrate,
+    catalogue,
+    exchange,
+    finished,
+    fleet,
+    jobs,
+    machine,
+    query,
+    serve,
+    status,
+    traces,
+    training,
+)
 from cluster.cli.output import note
 
 
@@ -83,6 +96,7 @@ for command in (
     training.train,
     traces.trace,
     traces.replay,
+    calibrate.calibrate,
     serve.serve,
     machine.doctor,
 ):
