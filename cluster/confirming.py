@@ -90,7 +90,14 @@ def run_live(
 
     Raises `BadInput` where the benchmark is not what it was, and `EngineError` where the job fails.
     """
-    job_id = cluster_jobs.submit(db, _live_spec(db, trace, name, policies, metrics))
+    job_id = see_done(db, _live_spec(db, trace, name, policies, metrics), settings, inline=inline)
+    _check_same(db, trace, job_id)
+    return job_id
+
+
+def see_done(db: Database, spec: JobSpec, settings: Settings, *, inline: bool) -> int:
+    """Submit a job and work on it until it is done. Returns its number. Raises `BadInput`, `EngineError`."""
+    job_id = cluster_jobs.submit(db, spec)
     state = cluster_jobs.work(
         db,
         job_id,
@@ -101,8 +108,7 @@ def run_live(
         lease_seconds=settings.lease_seconds,
     )
     if state is not JobState.DONE:
-        raise EngineError(f"job {job_id}, which runs the finalists, {state}; `shortstop show {job_id}` tells why.")
-    _check_same(db, trace, job_id)
+        raise EngineError(f"job {job_id}, {spec.name!r}, {state}; `shortstop show {job_id}` tells why.")
     return job_id
 
 

@@ -110,7 +110,7 @@ def wrong_tokens(policy: PolicySpec, traced: Traced, right: Array | None = None)
     """
     decisions = decide(policy, traced)
     wrong = ~(traced.right if right is None else right)[decisions.places, np.arange(len(traced))]
-    if decisions.stops is not None:
+    if decisions.stops is not None and decisions.behind is not None:
         wrong = (wrong & ~decisions.behind) | decisions.stops
     return np.asarray(wrong)
 

@@ -23,6 +23,7 @@ from cluster.cli import (
     query,
     serve,
     status,
+    study,
     traces,
     training,
 )
@@ -96,6 +97,7 @@ for command in (
     training.train,
     traces.trace,
     traces.replay,
+    study.study,
     calibrate.calibrate,
     serve.serve,
     machine.doctor,

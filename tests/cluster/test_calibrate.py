@@ -127,10 +127,11 @@ def test_agreement_is_what_a_run_does(db: Database, world: World, of_full: Trace
     live = jobs.submit(db, spec)
     assert jobs.work(db, live, inline=True) is JobState.DONE
     full, chosen = runs(db, live)
-    texts = {row.sample.name: row.outcome.tokens.token_ids.tolist() for row in completions(db, run_id=full.id)}
-    differ = [
-        row.outcome.tokens.token_ids.tolist() != texts[row.sample.name] for row in completions(db, run_id=chosen.id)
-    ]
+    written = {
+        one.id: [row.outcome.tokens.token_ids.tolist() for row in completions(db, run_id=one.id)]
+        for one in (full, chosen)
+    }
+    differ = [one != two for one, two in zip(written[full.id], written[chosen.id], strict=True)]
     assert np.mean(differ) == pytest.approx(made.chosen.loss)
     assert made.chosen.kept
 
