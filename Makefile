@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 CODE := cluster workers engine db tests shortstop.py
 
-.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-replay clean
+.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-replay bench-calibrate clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -47,6 +47,10 @@ bench-scoring: $(STAMP)
 # A thousand policies over made-up traces of up to a million tokens; what a trace of the real model costs
 bench-replay: $(STAMP)
 	$(BIN)/python -m tests.bench.replay
+
+# How often a promise is broken, over a thousand draws of source groups from a trace of the real model
+bench-calibrate: $(STAMP)
+	$(BIN)/python -m tests.bench.calibrate
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

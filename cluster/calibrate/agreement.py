@@ -60,15 +60,20 @@ def calibrate_agreement(
     samples, losses = losses_of(trace, policies, wrong_tokens)
     check_enough(samples, "agreement", max_disagree, level)
     figures = replay_trace(trace, ReplaySpec(policies=[one.dump() for one in policies]), on_progress=on_progress)
-    tried: list[Candidate] = []
-    for chain in chains:
-        goes_on = True
-        for place in chain:
-            mean = float(losses[place].mean())
-            p_value = hoeffding_bentkus(mean, len(samples), max_disagree) if goes_on else None
-            goes_on = p_value is not None and p_value <= level
-            needed = groups_for_agreement(mean, max_disagree, level)
-            tried.append(_candidate(trace, figures.policies[place], mean, p_value, goes_on, needed))
+    p_values, kept = tested(losses, chains, max_disagree, level)
+    tried = [
+        Candidate(
+            row.policy,
+            row.spec,
+            float(own.mean()),
+            p_values.get(place),
+            place in kept,
+            speedup := speedup_of(row, trace.pinned.n_layers),
+            speedup > 1,
+            groups_for_agreement(float(own.mean()), max_disagree, level),
+        )
+        for place, (row, own) in enumerate(zip(figures.policies, losses, strict=True))
+    ]
     chosen, closest = fastest(tried)
     made = Calibrated(
         job_id=trace.run.job_id,
@@ -101,6 +106,24 @@ def chains_of(policies: Sequence[PolicySpec]) -> list[list[int]]:
         key = (policy.kind, repr(sorted(options.items())))
         chains.setdefault(key, []).append((-value if high_is_safe else value, place))
     return [[place for _, place in sorted(chain)] for chain in chains.values()]
+
+
+def tested(
+    losses: Array, chains: Sequence[Sequence[int]], bound: float, level: float
+) -> tuple[dict[int, float], set[int]]:
+    """The p-value of every policy that was reached, and those that keep the promise.
+
+    losses: [policies, groups]. Each chain is gone along until one fails, at this level throughout.
+    """
+    p_values: dict[int, float] = {}
+    kept: set[int] = set()
+    for chain in chains:
+        for place in chain:
+            p_values[place] = hoeffding_bentkus(float(losses[place].mean()), losses.shape[1], bound)
+            if p_values[place] > level:
+                break
+            kept.add(place)
+    return p_values, kept
 
 
 def wrong_tokens(policy: PolicySpec, traced: Traced, right: Array | None = None) -> Array:
@@ -167,13 +190,6 @@ def _checked(trace: Trace, asked: ReplaySpec) -> list[PolicySpec]:
         check_replayable(policy, trace.pinned.exit_points, trace.pinned.n_layers, trace.pinned.controller)
         found.append(policy.model_copy(update={"kv": "recompute"}))
     return list(dict.fromkeys(found))
-
-
-def _candidate(
-    trace: Trace, row: ReplayedPolicy, mean: float, p_value: float | None, kept: bool, needed: int | None
-) -> Candidate:
-    speed = speedup_of(row, trace.pinned.n_layers)
-    return Candidate(row.policy, row.spec, mean, p_value, kept, speed, speed > 1, needed)
 
 
 def speedup_of(row: ReplayedPolicy, n_layers: int) -> float:

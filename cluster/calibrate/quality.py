@@ -6,7 +6,7 @@ takes no part in any choice, and says what the chosen one comes to.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,18 +78,18 @@ def calibrate_quality(
     runs = {run.policy: run for run in jobs.runs(db, job_id)}
     tried: list[Candidate] = []
     held_out: dict[str, HeldOut | None] = {}
-    goes_on, groups, samples = True, 0, 0
-    for row in live:
-        losses = live_losses(db, trace, runs[row.policy], metric, highest)
-        tested = losses.of(parts.test)
-        groups, samples = len(tested), int(losses.counts[parts.test].sum())
-        p_value = betting(tested, bound) if goes_on else None
-        goes_on = p_value is not None and p_value <= 1 - confidence
+    losses = [live_losses(db, trace, runs[row.policy], metric, highest) for row in live]
+    p_values, kept = in_sequence([one.of(parts.test) for one in losses], bound, 1 - confidence)
+    groups, samples = 0, 0
+    for place, (row, own) in enumerate(zip(live, losses, strict=True)):
+        tested = own.of(parts.test)
+        groups, samples = len(tested), int(own.counts[parts.test].sum())
+        p_value = p_values[place] if place < len(p_values) else None
         needed = groups_for_quality(tested, bound, 1 - confidence)
         speed = _measured(runs[row.policy]) or speedup_of(row, trace.pinned.n_layers)
         loss = float(tested.mean()) * highest
-        tried.append(Candidate(row.policy, row.spec, loss, p_value, goes_on, speed, speed > 1, needed))
-        held_out[row.policy] = _held_out(losses.of(parts.report) * highest)
+        tried.append(Candidate(row.policy, row.spec, loss, p_value, place < kept, speed, speed > 1, needed))
+        held_out[row.policy] = _held_out(own.of(parts.report) * highest)
     made = _calibrated(trace, job_id, max_loss, confidence, groups, samples, tried)
     if made.chosen is None:
         return made
@@ -155,6 +155,19 @@ def screened(
     order = order[np.sort(once)]
     places = np.unique(np.linspace(0, len(order) - 1, min(MOST_LIVE, len(order))).round().astype(int))
     return [(rows[able[order[place]]], True) for place in places]
+
+
+def in_sequence(losses: Sequence[Array], bound: float, level: float) -> tuple[list[float], int]:
+    """The p-values of policies, the safest first, up to the first that fails; and how many before it keep the promise.
+
+    losses: for each policy [groups], -1..1.
+    """
+    p_values: list[float] = []
+    for own in losses:
+        p_values.append(betting(own, bound))
+        if p_values[-1] > level:
+            return p_values, len(p_values) - 1
+    return p_values, len(p_values)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from small_world import World
 from typer.testing import CliRunner
 
 from cluster import jobs
-from cluster.calibrate.agreement import calibrate_agreement, chains_of
+from cluster.calibrate.agreement import calibrate_agreement, chains_of, losses_of, tested, wrong_tokens
 from cluster.calibrate.policy_file import spec_of, write_policy_file
 from cluster.calibrate.pvalues import betting, fewest_groups, groups_for_quality, hoeffding_bentkus
-from cluster.calibrate.quality import calibrate_quality, live_losses, parts_of
+from cluster.calibrate.quality import calibrate_quality, in_sequence, live_losses, parts_of
 from cluster.cli import app
 from cluster.grids import ReplaySpec, expand
 from cluster.settings import Settings
@@ -155,6 +155,30 @@ def test_a_promise_stays_with_what_it_was_given_for(db: Database, of_full: Trace
     with pytest.raises(BadInput, match="promise: it was given for weights_hash 000000000000"):
         jobs.validate(other)
     jobs.validate(parse_job(spec))
+
+
+@pytest.mark.parametrize("kind", ["agreement", "quality"])
+def test_a_promise_is_rarely_broken(of_full: Trace, kind: str) -> None:
+    """Protects the confidence: groups of a real trace drawn anew a thousand times, held against the whole of it.
+
+    The bound lies just below the loss of a policy in the middle, where a promise is broken most easily.
+    """
+    policies = [one.model_copy(update={"kv": "recompute"}) for one in expand(GRID, 1, 1)]
+    _, losses = losses_of(of_full, policies, wrong_tokens)
+    chains, draw, broken, given = chains_of(policies), np.random.default_rng(3), 0, 0
+    means = losses.mean(1)
+    bound = float(np.sort(means[means > 0.1])[0]) - 1e-6
+    order = chains[0]
+    for _ in range(1_000):
+        drawn = losses[:, draw.integers(0, losses.shape[1], 100)]
+        if kind == "agreement":
+            kept = tested(drawn, chains, bound, 0.05)[1]
+        else:
+            kept = set(order[: in_sequence(drawn[order], bound, 0.05)[1]])
+        broken += any(means[place] > bound for place in kept)
+        given += bool(kept)
+    assert given > 500
+    assert broken / 1_000 <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 1_000)
 
 
 def test_quality(db: Database, of_full: Trace) -> None:
