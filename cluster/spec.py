@@ -105,15 +105,11 @@ class JobSpec(Spec):
                 f"promise: it was given for {promise.policy}, which is not among the policies; give them as they were, "
                 "or leave the promise out."
             )
-        for field, promised, here in (
-            ("model", promise.model, self.model),
-            ("generation.max_new_tokens", promise.max_new_tokens, self.generation.max_new_tokens),
-        ):
-            if promised != here:
-                raise ValueError(
-                    f"{field} is {here!r}, and the promise was given for {promised!r}; give that, or leave the field "
-                    "promise out."
-                )
+        if promise.max_new_tokens != self.generation.max_new_tokens:
+            raise ValueError(
+                f"generation.max_new_tokens is {self.generation.max_new_tokens}, and the promise was given for "
+                f"{promise.max_new_tokens}; give that, or leave the field promise out."
+            )
         return self
 
     @model_validator(mode="after")

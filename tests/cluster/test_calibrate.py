@@ -30,7 +30,8 @@ from db.results import completions
 from db.session import Database, open_database
 from engine.errors import BadInput
 
-GRID: list[Any] = [{"confidence": {"threshold": {"from": 0.1, "to": 1.0, "steps": 10}}}]
+#: a policy that reads states only: on a model this small, a head at every exit point costs more than layers do
+GRID: list[Any] = [{"controller": {"exit": {"from": 0.1, "to": 1.0, "steps": 19}, "stop": 1.0}}]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_agreement_is_what_a_run_does(db: Database, world: World, of_full: Trace
 
 def test_nothing_is_promised_that_is_not_kept(of_full: Trace) -> None:
     """Protects users of bad exits: a random controller gets no promise, and it is said what would be needed."""
-    made = agreed(of_full, 0.06, [{"controller": {"exit": {"from": 0.3, "to": 1.0, "steps": 15}, "stop": 1.0}}])
+    made = agreed(of_full, 0.06)
     assert made.chosen is None
     assert made.closest is not None
     assert all(not one.kept or not one.faster for one in made.tried)
@@ -148,7 +149,7 @@ def test_a_promise_stays_with_what_it_was_given_for(db: Database, of_full: Trace
     """Protects readers of a promise: another threshold, length, model or other weights are refused under its name."""
     spec = spec_of(agreed(of_full, 0.9), of_full)
     with pytest.raises(BadInput, match="which is not among the policies"):
-        parse_job(spec | {"policies": ["full", {"confidence": {"threshold": 0.123, "kv": "recompute"}}]})
+        parse_job(spec | {"policies": ["full", {"controller": {"exit": 0.123, "stop": 1.0, "kv": "recompute"}}]})
     with pytest.raises(BadInput, match=r"generation.max_new_tokens is 9, and the promise was given for 8"):
         parse_job(spec | {"generation": spec["generation"] | {"max_new_tokens": 9}})
     other = parse_job(spec | {"promise": spec["promise"] | {"weights_hash": "0" * 64}})
@@ -190,7 +191,7 @@ def test_quality(db: Database, of_full: Trace) -> None:
     made = calibrate_quality(
         db,
         of_full,
-        ReplaySpec(policies=[{"confidence": {"threshold": [0.3, 0.5, 0.7]}}]),
+        ReplaySpec(policies=[{"controller": {"exit": [0.4, 0.5, 0.6], "stop": 1.0}}]),
         metric="es",
         max_loss=0.9,
         confidence=0.9,
