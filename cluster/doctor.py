@@ -135,8 +135,8 @@ def _benchmarks() -> Iterator[Check]:
         return f"{len(benchmarks[name].load().samples)} samples"
 
     for name, entry in benchmarks.items():
-        source = entry.declaration and entry.declaration.source
-        if source and source.dataset is not None:
+        source = None if entry.declaration is None else entry.declaration.source
+        if source is not None and source.dataset is not None:
             yield Check(
                 f"benchmark {name}", Finding.NOTE, f"read from dataset {source.dataset!r} when a job asks for it"
             )

@@ -174,7 +174,7 @@ def replay(
     """
     with closing(open_database(_settings(database).database_url, create=False)) as db:
         trace = trace_of(db, job, benchmark)
-        asked = default_policies(trace.pinned.controller) if policies is None else policies
+        asked = default_policies(trace.pinned) if policies is None else policies
         return replay_trace(trace, parse_replay(asked))
 
 

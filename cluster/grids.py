@@ -14,6 +14,7 @@ from engine.errors import BadInput
 from engine.replay.decide import Oracle
 from engine.spec import PolicySpec, Spec, first_complaint, parse_policy
 from engine.spec import policies as registry
+from workers.pinned import Pinned
 
 #: policies of one replay: a table of more is nobody's, and its figures would not fit into memory beside each other
 MOST_POLICIES = 20_000
@@ -89,9 +90,10 @@ def parse_replayed(value: Any) -> PolicySpec:
         raise BadInput(f"policy 'oracle': {first_complaint(error)}") from None
 
 
-def default_policies(has_controller: bool) -> list[Any]:
+def default_policies(pinned: Pinned) -> list[Any]:
     """What is asked where nobody says what: every kind that a trace can answer, from bold to timid."""
     bold_to_timid = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99, 0.999]
+    early = [point for point in pinned.exit_points if point < pinned.n_layers]
     found: list[Any] = [
         "full",
         "oracle",
@@ -100,8 +102,12 @@ def default_policies(has_controller: bool) -> list[Any]:
         {"entropy": {"threshold": [0.01, 0.03, 0.1, 0.3, 1.0, 2.0]}},
         {"state-similarity": {"threshold": [0.8, 0.9, 0.95, 0.98, 0.99]}},
     ]
+    if early:
+        found.append({"fixed": {"exit_layer": early}})
+    if len(early) > 1:
+        found.append({"patience": {"patience": list(range(1, min(len(early), 4)))}})
     thresholds = [0.0, *bold_to_timid, 1.0]
-    return found + [{"controller": {"exit": thresholds, "stop": thresholds}}] * has_controller
+    return found + [{"controller": {"exit": thresholds, "stop": thresholds}}] * pinned.controller
 
 
 def _cells(entry: Any) -> Iterator[PolicySpec]:

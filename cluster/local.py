@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.known import Known, KnownPolicy, known_benchmarks, known_models, known_policies
 from cluster.service import JobDetails, Retried, Service
 from cluster.settings import Settings
-from db.errors import Conflict
+from db.errors import Conflict, RecordError
 from db.events import LOCAL
 from db.records import JobRow, JobState, Progress
 from db.session import Database, open_database
@@ -46,7 +46,15 @@ class Local(Service):
     def validate(self, spec: "JobSpec", folder: Path | None = None) -> "Validation":
         from cluster import jobs
 
-        return jobs.validate(jobs.anchored(spec, folder or Path.cwd()), workers=self._settings.workers)
+        asked = jobs.anchored(spec, folder or Path.cwd())
+        return jobs.validate(asked, workers=self._settings.workers, db=self._record())
+
+    def _record(self) -> Database | None:
+        """The database, where there is one to read."""
+        try:
+            return self._opened()
+        except RecordError:
+            return None
 
     def jobs(self) -> "list[JobSummary]":
         from db.listing import summaries

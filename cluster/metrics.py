@@ -18,6 +18,7 @@ from db.events import What
 from db.figures import SHARD_SECONDS, JobFigures, ShardFigures
 from db.session import Database
 from engine.errors import BadInput
+from workers.worker import GpuMemory
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -34,16 +35,6 @@ _EVENTS = (
 )
 
 
-@dataclass(frozen=True)
-class GpuMemory:
-    """Memory of one GPU, in bytes."""
-
-    node: str
-    gpu: str
-    used: int
-    total: int
-
-
 @dataclass
 class _Seen:
     """What a job had come to at the last scrape."""
@@ -55,8 +46,8 @@ class _Seen:
 class Metrics(Collector):
     """Figures of one record. Counters begin at 0 with this object: what happened before it does not count."""
 
-    def __init__(self, db: Database, gpus: Callable[[], Collection[GpuMemory]] = lambda: ()) -> None:
-        """gpus: memory of the GPUs that workers have, for who knows it (the fleet, from its workers' pulses)."""
+    def __init__(self, db: Database, gpus: Callable[[], Collection[tuple[str, GpuMemory]]] = lambda: ()) -> None:
+        """gpus: the GPUs that workers have, each behind its node, for who knows them: the fleet, from pulses."""
         self.db = db
         self.gpus = gpus
         self._lock = Lock()  # scrapes may come at once
@@ -96,8 +87,8 @@ class Metrics(Collector):
         yield _counter("tokens", "Tokens committed, of all policies.", totals["tokens"])
         yield _histogram(totals)
         if gpus := list(self.gpus()):
-            used = [((one.node, one.gpu), one.used) for one in gpus]
-            total = [((one.node, one.gpu), one.total) for one in gpus]
+            used = [((node, one.gpu), one.used) for node, one in gpus]
+            total = [((node, one.gpu), one.total) for node, one in gpus]
             yield _gauge("gpu_memory_used_bytes", "Memory of a GPU that is in use.", ["node", "gpu"], used)
             yield _gauge("gpu_memory_bytes", "Memory that a GPU has.", ["node", "gpu"], total)
 

@@ -14,6 +14,7 @@ from typing import Any
 from cluster.spec import TRACE, JobSpec
 from db import errors as record_errors
 from db import jobs
+from db.estimating import Estimate, estimate
 from db.queue import Lease
 from db.records import PlannedBenchmark, PlannedPolicy
 from db.session import Database
@@ -70,6 +71,7 @@ class Validation:
     batch_size: int  #: what `auto` came to, where the spec says so
     policies: list[str]  #: labels, in the report's order
     benchmarks: list[ValidatedBenchmark]
+    estimate: Estimate | None  #: None where this model was never timed on this device class
 
 
 def prepare(db: Database, lease: Lease, *, workers: int = 1) -> None:
@@ -99,13 +101,26 @@ def prepare(db: Database, lease: Lease, *, workers: int = 1) -> None:
         raise
 
 
-def validate(spec: JobSpec, *, workers: int = 1) -> Validation:
+def validate(spec: JobSpec, *, workers: int = 1, db: Database | None = None) -> Validation:
     """Look up and read all that a job needs, and say what it would do. Writes nothing. Raises `BadInput`.
 
-    workers: how many are to share this machine, as in `prepare`.
+    workers: how many are to share this machine, as in `prepare`. db: the record whose earlier jobs say how long it
+    would take.
     """
     resolved = resolve(spec, workers=workers)
     pinned = resolved.pinned
+    likely = (
+        None
+        if db is None
+        else estimate(
+            db,
+            weights_hash=pinned.weights_hash,
+            device_class=pinned.device_class,
+            samples=sum(len(benchmark.samples) for benchmark in resolved.benchmarks),
+            max_new_tokens=pinned.max_new_tokens,
+            policies=[policy.kind for policy in resolved.policies],
+        )
+    )
     return Validation(
         model=pinned.model,
         n_layers=pinned.n_layers,
@@ -114,6 +129,7 @@ def validate(spec: JobSpec, *, workers: int = 1) -> Validation:
         batch_size=pinned.batch_size,
         policies=[policy.label for policy in resolved.policies],
         benchmarks=[_validated(benchmark, pinned) for benchmark in resolved.benchmarks],
+        estimate=likely,
     )
 
 

@@ -30,6 +30,17 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def gpu_memory() -> list[tuple[str, int, int]]:
+    """Of the GPUs that this process computes on: UUID, bytes in use by whoever, bytes in all. Not yet run on one."""
+    if not torch.cuda.is_initialized():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append((str(torch.cuda.get_device_properties(index).uuid), total - free, total))
+    return found
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -22,7 +22,10 @@ from db import jobs, queue
 from db.records import RunRow, SampleRow, ShardResults, TimingRow
 from db.results import ClaimedShard
 from db.session import Database
-from workers.worker import Unfit, Worker
+from workers.worker import GpuMemory, Unfit, Worker
+
+#: that all these workers say they compute on
+GPU = GpuMemory("GPU-of-nobody", 3 << 30, 80 << 30)
 
 
 class _Sleep:
@@ -67,6 +70,9 @@ class SleepingWorker(Worker):
         if shard.pinned.get("eats") and shard.lease.attempt == 1:
             bytearray(2**55)  # more than any machine has
         return _Sleep(shard, proceed)
+
+    def gpus(self) -> Sequence[GpuMemory]:
+        return [GPU]
 
 
 class SleepingRemote(RemoteWorker):

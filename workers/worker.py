@@ -2,13 +2,14 @@
 
 import hashlib
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from socket import gethostname
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 from filelock import FileLock
@@ -50,6 +51,14 @@ class Unfit(Exception):
     """
 
 
+class GpuMemory(NamedTuple):
+    """Memory of one GPU, in bytes; that of other processes is in it."""
+
+    gpu: str  #: its UUID: processes number GPUs each in their own way
+    used: int
+    total: int
+
+
 @dataclass(frozen=True)
 class Pulse:
     """What a worker says of itself."""
@@ -61,6 +70,7 @@ class Pulse:
     job_id: int | None = None  #: whose shard it is
     done: int = 0  #: shards committed
     still_seconds: float = 0.0  #: since the work in hand last moved on by a policy or a batch
+    gpus: Sequence[GpuMemory] = ()  #: that it computes on
 
 
 class Worker:
@@ -137,11 +147,19 @@ class Worker:
         self._forgotten.difference_update(job_ids)
 
     def pulse(self) -> Pulse:
-        lease = self._lease
+        lease, gpus = self._lease, self.gpus()
         if lease is None:
-            return Pulse(self.name, os.getpid(), done=self._done)
+            return Pulse(self.name, os.getpid(), done=self._done, gpus=gpus)
         still = time.monotonic() - self._moved
-        return Pulse(self.name, os.getpid(), lease.task_id, self._batch, lease.job_id, self._done, still)
+        return Pulse(self.name, os.getpid(), lease.task_id, self._batch, lease.job_id, self._done, still, gpus)
+
+    def gpus(self) -> Sequence[GpuMemory]:
+        """Memory of the GPUs that it computes on."""
+        if "torch" not in sys.modules:  # nothing is loaded yet, and a pulse is no reason to
+            return ()
+        from engine.device import gpu_memory
+
+        return [GpuMemory(*one) for one in gpu_memory()]
 
     def _ended(self, job_id: int) -> bool:
         if jobs.finished(self.db, job_id):

@@ -21,13 +21,13 @@ log = structlog.get_logger()
 
 
 @contextmanager
-def fleet(settings: Settings) -> Iterator[None]:
+def fleet(settings: Settings) -> Iterator[Keeper]:
     """Keep workers for as long as the context lasts. Where the database has a fleet already, that one works."""
     keeper = Keeper(Orders.of(settings), f"the server on {socket.gethostname()}, process {os.getpid()}")
     thread = threading.Thread(target=_keep, args=(keeper,), name="fleet")
     thread.start()
     try:
-        yield
+        yield keeper
     finally:
         keeper.stop()
         thread.join()

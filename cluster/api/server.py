@@ -50,7 +50,9 @@ def serve(
             timeout_graceful_shutdown=_DRAIN_SECONDS,
             timeout_keep_alive=75,
         )
-        with _listening(host, port) as listener, fleet(settings) if with_fleet else nullcontext():
+        with _listening(host, port) as listener, fleet(settings) if with_fleet else nullcontext() as keeper:
+            if keeper:
+                app.state.shortstop.metrics.gpus = keeper.gpus
             server = _Server(config, app.state.shortstop.hub.close)
             gc.freeze()  # what is loaded by now stays: looking through it again would stop every request in hand
             on_ready(f"http://{_shown(host)}:{listener.getsockname()[1]}")

@@ -74,7 +74,7 @@ def calibrate(
 
                 assert metric is not None
                 assert max_loss is not None
-                asked = asked_policies(policy or [], default_policies(trace.pinned.controller))
+                asked = asked_policies(policy or [], default_policies(trace.pinned))
                 made = calibrate_quality(
                     db,
                     trace,

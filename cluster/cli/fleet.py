@@ -49,7 +49,8 @@ def fleet(
             from cluster.metrics import Metrics, served
 
             db = stack.enter_context(opened(settings))
-            note(f"metrics at http://127.0.0.1:{stack.enter_context(served(Metrics(db), metrics_port))}/metrics")
+            port = stack.enter_context(served(Metrics(db, keeper.gpus), metrics_port))
+            note(f"metrics at http://127.0.0.1:{port}/metrics")
         keeper.run(wait=wait, on_wait=lambda holder: note(f"waiting for the fleet of {holder} to end"))
 
 

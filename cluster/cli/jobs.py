@@ -24,6 +24,7 @@ from cluster.cli.start import service, writable
 from engine.errors import BadInput
 
 if TYPE_CHECKING:
+    from cluster.prepare import Validation
     from cluster.service import Service
     from db.listing import JobSummary
     from db.records import DeadTask, JobRow, JobState
@@ -112,11 +113,17 @@ def cancel(job: JobId, database: DatabaseUrl = None, server: ServerUrl = None, a
         _answer(row, taken_back if row.state == "done" else "cancelled", as_json)
 
 
-def validate(spec: SpecFile, overrides: Overrides = None, server: ServerUrl = None, as_json: JsonFlag = False) -> None:
-    """Check a spec and say what its job would do."""
+def validate(
+    spec: SpecFile,
+    overrides: Overrides = None,
+    database: DatabaseUrl = None,
+    server: ServerUrl = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check a spec and say what its job would do, and how long that would take."""
     from cluster.spec import read_job
 
-    with service(server=server) as shortstop:
+    with service(database, server=server) as shortstop:
         asked = read_job(spec, overrides or [])
         found = shortstop.validate(asked, spec_folder(spec))
     if as_json:
@@ -130,6 +137,16 @@ def validate(spec: SpecFile, overrides: Overrides = None, server: ServerUrl = No
         columns,
         [(row.name, row.version, row.samples, row.batches, row.shards, len(row.left_out)) for row in found.benchmarks],
     )
+    print(f"\n{_estimate(found)}")
+
+
+def _estimate(found: "Validation") -> str:
+    from cluster.reports.formats import duration
+
+    if found.estimate is None:
+        return "how long it takes is not known: the model has not been timed on this device class"
+    earlier = "1 earlier job" if found.estimate.jobs == 1 else f"{found.estimate.jobs} earlier jobs"
+    return f"about {duration(found.estimate.seconds)} of work, going by {earlier}; workers share it"
 
 
 def list_jobs(database: DatabaseUrl = None, server: ServerUrl = None, as_json: JsonFlag = False) -> None:

@@ -111,7 +111,7 @@ def replay(
             raise BadInput(
                 f"--{'html' if page else 'confirm'} takes one benchmark; name one of {names} by --benchmark."
             )
-        asked = asked_policies(policy or [], default_policies(traces[0].pinned.controller))
+        asked = asked_policies(policy or [], default_policies(traces[0].pinned))
         with watch() as shown:
             found = [
                 replay_trace(one, asked, on_progress=lambda done, of: shown.show("replaying", done, of, "tokens"))

@@ -4,13 +4,13 @@ It holds the database's place for such a fleet, starts the supervisor's process,
 because Ray's head was lost, because it was killed, because the database was away for long.
 """
 
+import json
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
-from typing import IO
 
 import structlog
 from pydantic import BaseModel
@@ -21,12 +21,15 @@ from db.errors import BadInput, Unavailable
 from db.exclusive import Exclusive
 from db.session import open_database
 from workers.holding import patiently
+from workers.worker import GpuMemory
 
 log = structlog.get_logger()
 
 BAD_INPUT, LOST = 2, 75
 #: what a supervisor says to its keeper, a line each
-JOINED, REFUSED = "joined", "refused: "
+JOINED, REFUSED, GPUS = "joined", "refused: ", "gpus: "
+#: between two looks at the memory of GPUs
+GPU_SECONDS = 5.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
 #: a supervisor that lived so long was well: the next pause is the first one again
 WELL_SECONDS = 60.0
@@ -69,6 +72,11 @@ class Keeper:
         self._supervisor: subprocess.Popen[str] | None = None
         self._joined = False
         self._refusal = ""
+        self._gpus: list[tuple[str, GpuMemory]] = []
+
+    def gpus(self) -> list[tuple[str, GpuMemory]]:
+        """As `Fleet.gpus`."""
+        return self._gpus
 
     def run(self, *, wait: bool = False, on_wait: Callable[[str], None] = lambda holder: None) -> None:
         """Keep the fleet until `stop`. wait: for another fleet on this database to end; else it is refused.
@@ -161,12 +169,15 @@ class Keeper:
                 f"({patiently(place.holder)}); this one ends."
             )
 
-    def _listen(self, said: IO[str]) -> None:
+    def _listen(self, said: Iterable[str]) -> None:
         for line in said:
             if line.rstrip("\n") == JOINED:
                 self._joined = True
             elif line.startswith(REFUSED):
                 self._refusal = line.removeprefix(REFUSED).rstrip("\n")
+            elif line.startswith(GPUS):
+                self._gpus = [(host, GpuMemory(*one)) for host, one in json.loads(line.removeprefix(GPUS))]
+        self._gpus = []  # what its workers had
 
     def _end(self) -> None:
         if self._supervisor is None or self._supervisor.poll() is not None:

@@ -4,13 +4,15 @@ Ray ends a process that has lost its head, without asking. So the keeper starts 
 Exit codes: 0 drained, 2 bad input (the sentence goes to the keeper), anything else: try again.
 """
 
+import json
 import os
 import sys
+import time
 from contextlib import closing
 
 from cluster.cli.output import note
 from cluster.errors import ClusterError
-from cluster.fleet.keeper import BAD_INPUT, JOINED, LOST, REFUSED, Orders
+from cluster.fleet.keeper import BAD_INPUT, GPU_SECONDS, GPUS, JOINED, LOST, REFUSED, Orders
 from cluster.jobs import sigterm_interrupts
 from cluster.logs import configure_logs
 from cluster.ray_environment import set_up_ray
@@ -43,11 +45,18 @@ def _supervise(orders: Orders) -> None:
     set_up_ray(orders.ray_address)
     from cluster.fleet.supervisor import Fleet
 
-    keeper = os.getppid()
+    keeper, next_look, told = os.getppid(), 0.0, ""
 
     def each_round() -> None:
+        nonlocal next_look, told
         if os.getppid() != keeper:  # nobody would start it again, nor keep another fleet out
             raise KeyboardInterrupt
+        if time.monotonic() < next_look:
+            return
+        next_look, gpus = time.monotonic() + GPU_SECONDS, json.dumps(fleet.gpus())
+        if gpus != told:
+            told = gpus
+            print(f"{GPUS}{gpus}", flush=True)
 
     with closing(open_database(orders.database_url, patient=True)) as db:
         fleet = Fleet(

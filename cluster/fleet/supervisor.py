@@ -27,7 +27,7 @@ from db.errors import BadInput
 from db.records import JobState, OpenJob
 from db.session import Database
 from workers.holding import patiently
-from workers.worker import Pulse, finalise
+from workers.worker import GpuMemory, Pulse, finalise
 
 log = structlog.get_logger()
 
@@ -140,6 +140,12 @@ class Fleet:
     def pulses(self) -> list[Pulse]:
         """What the workers are at that are ready; may be called from another thread than `run`'s."""
         return self._crew.pulses()
+
+    def gpus(self) -> list[tuple[str, GpuMemory]]:
+        """The GPUs that workers compute on, each behind its machine's name, as the last pulses had them."""
+        pulses = ((member.host, member.pulse) for member in self._crew.members if member.pulse)
+        found = {gpu.gpu: (host, gpu) for host, pulse in pulses for gpu in pulse.gpus}
+        return [found[name] for name in sorted(found)]
 
     # --- a round
 

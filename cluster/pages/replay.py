@@ -51,7 +51,7 @@ def replay_csv(job_id: JobId, caller: Reader, state: Shared, benchmark: Benchmar
 
 
 def _replayed(trace: Trace) -> ReplayReport:
-    return replay_part(trace, ReplaySpec(policies=default_policies(trace.pinned.controller)), PAGE_TOKENS)
+    return replay_part(trace, ReplaySpec(policies=default_policies(trace.pinned)), PAGE_TOKENS)
 
 
 def _chosen(db: Database, job_id: int, benchmark: str | None) -> tuple[Trace, list[str]]:

@@ -98,7 +98,7 @@ def view_of(trace: Trace, found: ReplayReport) -> ReplayView:
         caption=(
             f"Grey: {len(found.policies):,} policies over {found.tokens:,} tokens, with the Pareto front. The sliders' "
             f"policy is computed over {len(part):,} tokens, keys and values copied. What skipped layers do to later "
-            "tokens is not in a replay: `shortstop replay --confirm` measures it."
+            "tokens is not in a replay; shortstop replay --confirm measures it."
         ),
         columns=["Ideal speed", "Tokens right", "Agreement", "Exit layer", "Samples given up", "Lift of stops"],
         rows=[(one.policy, [_cell(one.figures.get(name), form) for name, form in _COLUMNS]) for one in found.best()],
@@ -213,7 +213,7 @@ def _figure(found: ReplayReport, speed: str) -> Figure:
             "hovermode": "closest",
             "showlegend": False,
             "xaxis": axis(speed) | {"ticksuffix": "×"},
-            "yaxis": axis("Tokens right") | {"tickformat": ".0%"},
+            "yaxis": axis("Tokens right") | {"tickformat": ".2~%"},
         },
     }
 

@@ -25,6 +25,7 @@ from db.records import JobState, PlannedBenchmark, PlannedPolicy, TraceArrays, T
 from db.session import Database, open_database
 from db.traces import insert_traces
 from engine.engine import Engine
+from engine.text import Prompt
 from tests.bench.main import code, prompts
 from tests.bench.measure import Row, printed, ratio, seconds, summarise, write
 from workers.pinned import Pinned
@@ -60,7 +61,7 @@ def make_trace(db: Database, tokens: int) -> int:
         db,
         lease,
         pinned=_PINNED.model_dump(mode="json"),
-        benchmarks=[PlannedBenchmark("made-up", "1", f"made-up-{tokens}", "line", made)],
+        benchmarks=[PlannedBenchmark(f"{tokens} tokens", "1", f"made-up-{tokens}", "line", made)],
         artifacts=[],
         policies=[PlannedPolicy("trace", "trace", {"trace": {"target": "reference"}})],
     )
@@ -150,7 +151,7 @@ def traces() -> Iterator[Row]:
     some = prompts(engine, ROWS, PROMPT)
     ids = engine.tokenizer(code())["input_ids"]
     targets = [ids[5 + 40 * row : 5 + 40 * row + TOKENS] for row in range(ROWS)]
-    whole = [type(prompt)(prompt.token_ids + target[:-1]) for prompt, target in zip(some, targets, strict=True)]
+    whole = [Prompt(prompt.token_ids + target[:-1]) for prompt, target in zip(some, targets, strict=True)]
     states = torch.randn(ROWS * TOKENS, engine.stack.hidden_size)
 
     @torch.inference_mode()

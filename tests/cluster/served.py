@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 from small_world import World
@@ -41,7 +43,7 @@ class Served:
     def kill(self) -> None:
         """As `kill -9` does."""
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
         self.http.close()
 
 
@@ -60,8 +62,15 @@ def begin(
     assert process.stderr is not None
     for line in process.stderr:
         if found := re.match(r"serving on (http://\S+),", line):
+            # a pipe that nobody reads holds 64 kB, and then the server waits
+            threading.Thread(target=_read_on, args=(process.stderr,), daemon=True).start()
             return Served(found[1], process)
     raise AssertionError(f"the server ended with {process.wait()}")
+
+
+def _read_on(lines: IO[str]) -> None:
+    with lines:
+        deque(lines, maxlen=0)
 
 
 @contextmanager
@@ -74,7 +83,7 @@ def serving(database_url: str, uploads: Path, *arguments: str, **settings: str) 
         served.http.close()
         served.process.terminate()
         try:
-            served.process.communicate(timeout=SECONDS)
+            served.process.wait(timeout=SECONDS)
         except subprocess.TimeoutExpired:
             served.kill()
             raise

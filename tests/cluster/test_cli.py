@@ -121,9 +121,22 @@ def test_validate_says_what_the_job_would_do_and_writes_nothing(world: World, tm
     assert (benchmark["samples"], benchmark["batches"], benchmark["shards"]) == (48, 10, 3)
     assert found["policies"][1] == "confidence threshold=0.25"
     assert found["batch_size"] == 5
+    assert found["estimate"] is None
     out = call("validate", spec, "-O", "generation.batch_size=auto").stdout
     assert "batch size 4 (auto)" in out
+    assert "how long it takes is not known" in out
     assert list(tmp_path.iterdir()) == [spec]
+
+
+def test_validate_says_how_long_it_would_take(done: dict[str, Any], world: World, tmp_path: Path) -> None:
+    spec = world.spec_file(tmp_path / "spec.yaml")
+    found = answered("validate", spec, "--database", done["url"])["estimate"]
+    assert found["jobs"] == 1
+    took = answered("query", "select sum(decode_ns) / 1e9 as s from batch", "--database", done["url"])[0]["s"]
+    assert found["seconds"] > took
+    assert re.search(
+        r"about \S+ s of work, going by 1 earlier job;", call("validate", spec, "--database", done["url"]).stdout
+    )
 
 
 def test_relative_paths_start_from_the_specs_folder(world: World, tmp_path: Path) -> None:

@@ -95,10 +95,7 @@ def test_parquet_and_validation_are_the_same(site: Site, tmp_path: Path) -> None
     spec.write_text(json.dumps(site.body()))
     lies = re.compile(r"\S+/exits\b")  # where: they were uploaded
     for options in ((), ("--json",), ("-O", "generation.batch_size=3"), ("-O", "policies.1.threshold=2")):
-        here, there = (
-            CliRunner().invoke(app, ["validate", str(spec), *options]),
-            remote(site, "validate", spec, *options),
-        )
+        here, there = local(site, "validate", spec, *options), remote(site, "validate", spec, *options)
         assert (there.exit_code, there.stderr) == (here.exit_code, here.stderr)
         assert lies.sub("exits", there.stdout) == lies.sub("exits", here.stdout)
 

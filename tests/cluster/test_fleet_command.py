@@ -24,6 +24,7 @@ from cluster import jobs
 from cluster.fleet.keeper import Keeper, Orders
 from db import jobs as record
 from db.session import Database, open_database
+from workers.worker import GpuMemory
 
 pytestmark = pytest.mark.timeout(600)
 wait_for = partial(wait_long_for, seconds=120.0)
@@ -51,6 +52,20 @@ def fleet(url: str, db: Database) -> Iterator[subprocess.Popen[str]]:
 
 def ended(db: Database, job_id: int) -> bool:
     return record.job(db, job_id).state.ended
+
+
+def test_a_keeper_hears_of_gpus_until_their_supervisor_ends(url: str) -> None:
+    keeper = Keeper(Orders(database_url=url), "this test")
+    heard = []
+
+    def said() -> Iterator[str]:
+        yield "joined\n"
+        yield 'gpus: [["node-1", ["GPU-1", 3, 8]], ["node-2", ["GPU-2", 0, 8]]]\n'
+        heard.extend(keeper.gpus())
+
+    keeper._listen(said())
+    assert heard == [("node-1", GpuMemory("GPU-1", 3, 8)), ("node-2", GpuMemory("GPU-2", 0, 8))]
+    assert keeper.gpus() == []
 
 
 def supervisor_of(keeper: subprocess.Popen[str]) -> psutil.Process | None:

@@ -57,13 +57,14 @@ def assert_same(said: dict[str, Any], told: ReplayedPolicy) -> None:
     """But for what 16 bits leave open: at most one token in a hundred."""
     names = {"speed": "speedup_ideal", "right": "tokens_right", "agree": "agreement", "layer": "mean_exit_layer"}
     for name, figure in (names | {"stopped": "stop_share", "lift": "stop_lift"}).items():
-        assert said[name] == pytest.approx(told.figures[figure].value, rel=0.01), (name, said)
+        value = told.figures[figure].value
+        assert said[name] == (None if value is None else pytest.approx(value, rel=0.01)), (name, said)
 
 
 def test_sliders_say_what_the_replay_says(trace: Trace, browser: Browser, tmp_path: Path) -> None:
     """Protects the arithmetic in the browser: decisions, sums, stops and the cost model, kind by kind, in the file."""
     page = tmp_path / "replay.html"
-    write_replay_page(trace, replay_trace(trace, ReplaySpec(policies=default_policies(True))), page)
+    write_replay_page(trace, replay_trace(trace, ReplaySpec(policies=default_policies(trace.pinned))), page)
     browser.open(page)
     browser.wait_for("document.querySelectorAll('#replay-chart .point').length > 10")
     moved = set()
@@ -77,8 +78,8 @@ def test_sliders_say_what_the_replay_says(trace: Trace, browser: Browser, tmp_pa
         for thresholds in places:
             said = slide(browser, kind, **thresholds)
             assert_same(said, replayed(trace, said))
-            moved.add((round(said["speed"], 3), round(said["right"], 3)))
-    assert len(moved) > 6
+            moved.add((round(said["speed"], 3), round(said["layer"], 3)))
+    assert len(moved) >= 5  # random heads: some thresholds do the same
     assert browser.evaluate("document.getElementById('now-policy').textContent") == "{controller: {exit: 1, stop: 0}}"
     assert browser.evaluate("[...document.querySelectorAll('.slider')].filter((one) => !one.hidden).length") == 2
     assert [
@@ -125,7 +126,9 @@ def test_served_under_its_job(trace: Trace, browser: Browser, tmp_path: Path) ->
         saved = served.ask("GET", f"/jobs/{job}/replay?save=file", key)
         table = served.ask("GET", f"/jobs/{job}/replay.csv", key).text
         missing = served.ask("GET", f"/jobs/{job}/replay?benchmark=other", key)
-    assert len(table.splitlines()) == 1 + len(replay_trace(trace, ReplaySpec(policies=default_policies(True))).policies)
+    assert len(table.splitlines()) == 1 + len(
+        replay_trace(trace, ReplaySpec(policies=default_policies(trace.pinned))).policies
+    )
     assert missing.status_code == 404
     file = tmp_path / "saved.html"
     file.write_text(saved.text)

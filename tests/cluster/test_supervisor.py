@@ -1,11 +1,12 @@
 """What the supervisor does with its workers: places, models, moves, cancels, hangs, drains. Real Ray, no engine."""
 
+import socket
 import time
 from functools import partial
 
 import pytest
 import ray
-from sleeping import SleepingFleet, gpu_ids, is_timed, running, sleeping_job
+from sleeping import GPU, SleepingFleet, gpu_ids, is_timed, running, sleeping_job
 from small_world import World, columns, rows
 from small_world import wait_for as wait_long_for
 from structlog.testing import capture_logs
@@ -54,6 +55,14 @@ def test_a_worker_moves_to_another_model_where_no_place_is_left(db: Database) ->
         wait_for("both", lambda: ended(db, a, b))
         assert len(fleet.pulses()) == 1
     assert workers_of(db, a) == workers_of(db, b)
+
+
+def test_the_memory_of_a_gpu_is_told_once_however_many_workers_it_has(db: Database) -> None:
+    job_id = sleeping_job(db, 4, 1.0)
+    with running(SleepingFleet(db, workers=2)) as fleet:
+        wait_for("pulses", lambda: len(fleet.gpus()) == 1)
+        assert fleet.gpus() == [(socket.gethostname(), GPU)]
+        wait_for("the job", lambda: ended(db, job_id))
 
 
 def test_a_warm_fleet_begins_within_a_second(db: Database) -> None:

@@ -228,8 +228,8 @@ def test_what_a_trace_lacks(db: Database, world: World, tmp_path: Path) -> None:
     trace = done(db, traced_spec(world, "reference", exits=str(exits)))
     with pytest.raises(BadInput, match="needs the column controller"):
         replayed(db, trace, {"sec": {"exit": 0.5, "stop": 0.5}})
-    assert all("controller" not in entry for entry in default_policies(trace.pinned.controller))
-    replayed(db, trace, *default_policies(trace.pinned.controller))
+    assert all("controller" not in entry for entry in default_policies(trace.pinned))
+    replayed(db, trace, *default_policies(trace.pinned))
 
     waiting = jobs.submit(db, parse_job(traced_spec(world, "reference")))
     with pytest.raises(ValueError, match="is preparing, and a trace can be asked when it is done"):

@@ -11,11 +11,12 @@ from made import claimed, planned_job, results_of, summarise, work
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
-from cluster.metrics import GpuMemory, Metrics, served
+from cluster.metrics import Metrics, served
 from cluster.status import Watcher
 from db import figures, jobs, queue, results
 from db.session import Database, open_database
 from engine.errors import BadInput
+from workers.worker import GpuMemory
 
 
 def scraped(metrics: Metrics) -> dict[str, float]:
@@ -162,7 +163,7 @@ def test_series_do_not_grow_with_the_record(db: Database) -> None:
 
 
 def test_gpus_are_told_of_where_somebody_knows(db: Database) -> None:
-    metrics = Metrics(db, gpus=lambda: [GpuMemory("node-1", "0", 3 * 2**30, 80 * 2**30)])
+    metrics = Metrics(db, gpus=lambda: [("node-1", GpuMemory("0", 3 * 2**30, 80 * 2**30))])
     found = scraped(metrics)
     assert found["gpu_memory_used_bytes 0 node-1"] == 3 * 2**30
     assert found["gpu_memory_bytes 0 node-1"] == 80 * 2**30
@@ -236,7 +237,7 @@ def read_in_full(plan: str) -> set[str]:
 
 
 def test_the_document_names_every_metric(db: Database) -> None:
-    families = Metrics(db, gpus=lambda: [GpuMemory("n", "0", 1, 2)]).collect()
+    families = Metrics(db, gpus=lambda: [("n", GpuMemory("0", 1, 2))]).collect()
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     for family in families:
         suffix = "_total" if family.type == "counter" else ""

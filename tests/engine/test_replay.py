@@ -194,6 +194,8 @@ def test_figures_by_hand(piece: Callable[[int], Piece]) -> None:
         if stopped:
             assert values["stop_precision"] == len(set(stopped) & set(wrong)) / len(stopped)
     assert found.figures["speedup_ideal"].values[0] == pytest.approx(1)
+    assert found.front[:3].any()
+    assert not found.front[3]  # the oracle leaves a front to those that can be run
 
 
 def test_pieces_and_goes_do_not_matter(piece: Callable[[int], Piece], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,9 @@ def test_targets_are_the_tokens_of_the_whole_text(tiny_engine: Callable[..., Eng
         healed = "" if one.healed is None else text.tokens[one.healed]
         assert written == healed + reference, prompt
     assert [len(target) for target in text.targets(prompts, encoded, references, 2)] == [2, 2, 2]
+    # `;` and a line's end are one token: in the whole text it reaches over the end of the prompt
+    [over] = text.targets(["a;"], text.encode(["a;"], 4, heal=True), ["\nb"], 100)
+    assert text.tokenizer.decode(over) == "\nb"
 
 
 def test_price_of_a_trace(tiny_engine: Callable[..., Engine]) -> None:
