@@ -27,7 +27,7 @@ class Promise(Spec):
 
     kind: Literal["agreement", "quality"]
     metric: str | None = None
-    bound: Share
+    bound: Annotated[float, Field(gt=0)]  #: of the metric as it is, so above 1 where that reaches 100
     confidence: Share
     policy: dict[str, Any]
     loss: float = Field(description="mean over source groups, of those that were tested")

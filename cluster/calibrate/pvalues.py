@@ -65,8 +65,8 @@ def fewest_groups(kind: str, bound: float, level: float) -> int:
 
 def _log_factors(losses: Array, bound: float) -> Array:
     """[bets] of the wealth that each bet comes to."""
-    won = (bound - np.asarray(losses, float)) / (1 - bound)  # at least -1
-    return np.asarray(np.log1p(np.maximum(_SHARES[:, None] * won, -1 + 1e-12)).sum(1))
+    won = (bound - np.asarray(losses, float)) / (1 - bound)  # at least -1, and no share is 1
+    return np.asarray(np.log1p(_SHARES[:, None] * won).sum(1))
 
 
 def _log_wealth(log_factors: Array) -> float:
