@@ -187,6 +187,7 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         git_revision=git_revision(),
         **_traced(spec, facts, manifest, folder),
     )
+    _check_promise(spec, pinned)
     planned = [planned_policy(policy, manifest) for policy in policies]
     if spec.trace is not None:
         planned = [PlannedPolicy(label=TRACE, kind=TRACE, spec={TRACE: {"target": spec.trace}})]
@@ -214,6 +215,17 @@ def _traced(spec: JobSpec, facts: ModelFacts, manifest: ExitsManifest | None, fo
         "shape": asdict(model_shape(facts, spec.dtype)),
         "heads": head_parameters(facts, manifest),
     }
+
+
+def _check_promise(spec: JobSpec, pinned: Pinned) -> None:
+    """Whether weights and exits are those that a promise was given for. Raises `BadInput`."""
+    for field in ("weights_hash", "exits_hash"):
+        promised, here = getattr(spec.promise, field, None), getattr(pinned, field)
+        if spec.promise is not None and promised != here:
+            raise BadInput(
+                f"promise: it was given for {field} {str(promised)[:12]}, and here it is {str(here)[:12]}; calibrate "
+                "anew, or leave the field promise out."
+            )
 
 
 def metric_versions(names: Iterable[str] | None) -> dict[str, str]:

@@ -38,11 +38,13 @@ def replay(
     *,
     groups: int,
     model: CostModel | None,
+    of_groups: Array | None = None,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Replayed:
     """Apply policies to a trace.
 
     pieces: the trace from its start, each time it is called; whole batches. groups: how many source groups there are.
+    of_groups: numbers of those that figures and stops are of; of all when absent.
     on_progress: tokens done and, once they are known, of how many (0 before), over all policies. Raises `BadInput`.
     """
     chosen = [*policies]
@@ -61,6 +63,7 @@ def replay(
             _add(sums, some, piece, model)
             tokens, samples, done = tokens + len(piece), samples + len(piece.lengths), done + len(piece) * len(some)
             on_progress(done, 0 if first == 0 else tokens * len(chosen))
+        sums = sums if of_groups is None else sums[:, of_groups]
         parts.append(figures(sums))
         present = int((sums[0, :, SUMS.index("samples")] > 0).sum())
         stopped.append(sums[:, :, SUMS.index("stops")].sum(1))
