@@ -5,9 +5,9 @@ from functools import cache
 
 import numpy as np
 import pytest
-from forced import forced, traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from teacher_forced import forced, traced
 from test_trace import random_targets
 from tiny_models import MACHINE, POINTS, random_prompts
 
