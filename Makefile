@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.complete
 CODE := cluster workers engine db tests shortstop.py
 
-.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-benchmarks bench-stats bench-replay bench-exits bench-training clean
+.PHONY: demo test test-all lint bench bench-db bench-cluster bench-service bench-scoring bench-benchmarks bench-stats bench-replay bench-calibrate bench-exits bench-training clean
 
 demo: $(STAMP)
 	@mkdir -p build
@@ -64,6 +64,10 @@ bench-replay: $(STAMP)
 # Heads on cached states, and tuning, of SmolLM2; two minutes on two quiet cores
 bench-training: $(STAMP)
 	$(BIN)/python -m tests.bench.training
+
+# How often a promise is broken, over a thousand draws of source groups from a trace of the real model
+bench-calibrate: $(STAMP)
+	$(BIN)/python -m tests.bench.calibrate
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -66,7 +66,37 @@ def confirm_live(
     finalists = [parse_policy(one.spec) for one in _finalists(found, count)]
     variants = list(dict.fromkeys(variant for one in finalists for variant in _ways(one)))
     replayed = replay_trace(trace, ReplaySpec(policies=[one.dump() for one in variants])).policies
-    spec = _live_spec(db, trace, variants)
+    job_id = run_live(db, trace, f"confirm {trace.run.job_id}", variants, ["token_agreement"], settings, inline=inline)
+    runs = [run for run in jobs.runs(db, job_id) if parse_policy(run.policy_spec) in variants]
+    return [
+        _confirmed(db, trace, one, run, told)
+        for told, one in zip(replayed, variants, strict=True)
+        for run in runs
+        if parse_policy(run.policy_spec) == one
+    ]
+
+
+def run_live(
+    db: Database,
+    trace: Trace,
+    name: str,
+    policies: Sequence[PolicySpec],
+    metrics: Sequence[str],
+    settings: Settings,
+    *,
+    inline: bool,
+) -> int:
+    """Run policies on a trace's benchmark, as a job under this name. Returns its number, when it is done.
+
+    Raises `BadInput` where the benchmark is not what it was, and `EngineError` where the job fails.
+    """
+    job_id = see_done(db, _live_spec(db, trace, name, policies, metrics), settings, inline=inline)
+    _check_same(db, trace, job_id)
+    return job_id
+
+
+def see_done(db: Database, spec: JobSpec, settings: Settings, *, inline: bool) -> int:
+    """Submit a job and work on it until it is done. Returns its number. Raises `BadInput`, `EngineError`."""
     job_id = cluster_jobs.submit(db, spec)
     state = cluster_jobs.work(
         db,
@@ -78,15 +108,8 @@ def confirm_live(
         lease_seconds=settings.lease_seconds,
     )
     if state is not JobState.DONE:
-        raise EngineError(f"job {job_id}, which runs the finalists, {state}; `shortstop show {job_id}` tells why.")
-    _check_same(db, trace, job_id)
-    runs = [run for run in jobs.runs(db, job_id) if parse_policy(run.policy_spec) in variants]
-    return [
-        _confirmed(db, trace, one, run, told)
-        for told, one in zip(replayed, variants, strict=True)
-        for run in runs
-        if parse_policy(run.policy_spec) == one
-    ]
+        raise EngineError(f"job {job_id}, {spec.name!r}, {state}; `shortstop show {job_id}` tells why.")
+    return job_id
 
 
 def _finalists(found: ReplayReport, count: int) -> list[ReplayedPolicy]:
@@ -109,17 +132,19 @@ def _ways(policy: PolicySpec) -> list[PolicySpec]:
     return [policy.model_copy(update={"kv": kv} | named) for kv in ("copy", "recompute", "mask")]
 
 
-def _live_spec(db: Database, trace: Trace, variants: Sequence[PolicySpec]) -> JobSpec:
+def _live_spec(
+    db: Database, trace: Trace, name: str, policies: Sequence[PolicySpec], metrics: Sequence[str]
+) -> JobSpec:
     """The trace's own spec with policies in the place of the trace, on its one benchmark."""
     runs = jobs.runs(db, trace.run.job_id)
     place = list(dict.fromkeys(run.benchmark_id for run in runs)).index(trace.run.benchmark_id)
     spec = dict(jobs.job(db, trace.run.job_id).spec)
     spec |= {
         "trace": None,
-        "name": f"confirm {trace.run.job_id}",
+        "name": name,
         "benchmarks": [spec["benchmarks"][place]],
-        "policies": ["full", *(one.dump() for one in variants)],
-        "metrics": ["token_agreement"],
+        "policies": ["full", *(one.dump() for one in policies)],
+        "metrics": [*metrics],
         "generation": spec["generation"] | {"batch_size": trace.pinned.batch_size},
         "threads": trace.pinned.threads,
     }
@@ -127,6 +152,7 @@ def _live_spec(db: Database, trace: Trace, variants: Sequence[PolicySpec]) -> Jo
 
 
 def _check_same(db: Database, trace: Trace, job_id: int) -> None:
+    """Whether a live job is of the trace's weights, exits and benchmark. Raises `BadInput`."""
     pinned = jobs.job(db, job_id).pinned or {}
     for field in ("weights_hash", "exits_hash", "tokenizer_hash"):
         if pinned[field] != getattr(trace.pinned, field):

@@ -19,7 +19,7 @@ from db.queue import Lease
 from db.records import PlannedBenchmark, PlannedPolicy
 from db.session import Database
 from engine.errors import BadInput
-from engine.exits import ExitsManifest, check_policy, check_weights, exits_hash, find_exits, read_manifest
+from engine.exits import ExitsManifest, after_exit, check_policy, check_weights, exits_hash, find_exits, read_manifest
 from engine.loading import ModelFacts, load_tokenizer, resolve_model
 from engine.shapes import head_parameters, model_shape
 from engine.spec import Original, PolicySpec
@@ -185,8 +185,9 @@ def resolve(spec: JobSpec, *, workers: int = 1) -> Resolved:
         },
         versions=package_versions(),
         git_revision=git_revision(),
-        **_traced(spec, facts, manifest),
+        **_traced(spec, facts, manifest, folder),
     )
+    _check_promise(spec, pinned)
     planned = [planned_policy(policy, manifest) for policy in policies]
     if spec.trace is not None:
         planned = [PlannedPolicy(label=TRACE, kind=TRACE, spec={TRACE: {"target": spec.trace}})]
@@ -201,18 +202,30 @@ def with_references(policies: Sequence[PolicySpec], manifest: ExitsManifest | No
     return [*policies[:place], Original(), *policies[place:]]
 
 
-def _traced(spec: JobSpec, facts: ModelFacts, manifest: ExitsManifest | None) -> dict[str, Any]:
+def _traced(spec: JobSpec, facts: ModelFacts, manifest: ExitsManifest | None, folder: Path | None) -> dict[str, Any]:
     """What a trace pins on top: all that replay needs to know where there are no weights. Raises `BadInput`."""
     if spec.trace is None:
         return {}
-    if manifest is None:
+    if manifest is None or folder is None:
         raise BadInput("exits: a trace needs some, and none are given; name a bundle in the field `exits`.")
     return {
         "trace": spec.trace,
         "controller": manifest.controller is not None,
+        "after_exit": after_exit(folder, manifest),
         "shape": asdict(model_shape(facts, spec.dtype)),
         "heads": head_parameters(facts, manifest),
     }
+
+
+def _check_promise(spec: JobSpec, pinned: Pinned) -> None:
+    """Whether weights and exits are those that a promise was given for. Raises `BadInput`."""
+    for field in ("weights_hash", "exits_hash"):
+        promised, here = getattr(spec.promise, field, None), getattr(pinned, field)
+        if spec.promise is not None and promised != here:
+            raise BadInput(
+                f"promise: it was given for {field} {str(promised)[:12]}, and here it is {str(here)[:12]}; calibrate "
+                "anew, or leave the field promise out."
+            )
 
 
 def metric_versions(names: Iterable[str] | None) -> dict[str, str]:

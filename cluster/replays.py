@@ -15,7 +15,7 @@ from engine.errors import BadInput
 from engine.replay.decide import check_replayable
 from engine.replay.figures import FIGURES
 from engine.replay.replay import replay
-from engine.replay.traced import Traced
+from engine.replay.traced import Array, Traced
 from engine.spec import PolicySpec
 
 
@@ -86,12 +86,16 @@ def replay_trace(
     trace: Trace,
     asked: ReplaySpec,
     *,
+    of_groups: Array | None = None,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> ReplayReport:
-    """Apply the policies that are asked for to a trace. Raises `BadInput`, before anything is read."""
+    """Apply the policies that are asked for to a trace. Raises `BadInput`, before anything is read.
+
+    of_groups: numbers of the source groups that figures are of; of all when absent.
+    """
     policies, tokens = _checked(trace, asked)
     total = tokens * len(policies)
-    return _report(trace, policies, trace.pieces, lambda done, _: on_progress(done, total))
+    return _report(trace, policies, trace.pieces, lambda done, _: on_progress(done, total), of_groups)
 
 
 def replay_part(trace: Trace, asked: ReplaySpec, tokens: int) -> ReplayReport:
@@ -119,9 +123,17 @@ def _report(
     policies: list[PolicySpec],
     pieces: Callable[[], Iterable[Traced]],
     on_progress: Callable[[int, int], None],
+    of_groups: Array | None = None,
 ) -> ReplayReport:
     pinned, run = trace.pinned, trace.run
-    found = replay(pieces, policies, groups=len(trace.groups), model=trace.cost_model(), on_progress=on_progress)
+    found = replay(
+        pieces,
+        policies,
+        groups=len(trace.groups),
+        model=trace.cost_model(),
+        of_groups=of_groups,
+        on_progress=on_progress,
+    )
     rows = [
         ReplayedPolicy(
             policy=policy.label,

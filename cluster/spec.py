@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
+from cluster.calibrate.promise import Promise
 from engine.errors import BadInput
 from engine.spec import Compile, Device, DType, PolicySpec, Spec, first_complaint, parse_policy
 from workers.benchmarks.spec import parse_benchmark
@@ -50,6 +51,7 @@ class JobSpec(Spec):
     trace: Literal["reference", "full"] | None = Field(
         None, description="a trace in the place of policies: of the reference, or of the model's own completion"
     )
+    promise: Promise | None = Field(None, description="of one of the policies, as `shortstop calibrate` writes it")
     metrics: list[str] | None = Field(
         None, min_length=1, description="`all`, or names; those computed by default when absent"
     )
@@ -90,6 +92,24 @@ class JobSpec(Spec):
             )
         if self.trace is not None and self.exits is None:
             raise ValueError("exits: a trace needs some, and none are given; name a bundle in the field `exits`.")
+        return self
+
+    @model_validator(mode="after")
+    def _promise_is_of_this(self) -> "JobSpec":
+        """Evidence goes with the policy, and the length, that it was found for."""
+        promise = self.promise
+        if promise is None:
+            return self
+        if parse_policy(promise.policy) not in self.policies:
+            raise ValueError(
+                f"promise: it was given for {promise.policy}, which is not among the policies; give them as they were, "
+                "or leave the promise out."
+            )
+        if promise.max_new_tokens != self.generation.max_new_tokens:
+            raise ValueError(
+                f"generation.max_new_tokens is {self.generation.max_new_tokens}, and the promise was given for "
+                f"{promise.max_new_tokens}; give that, or leave the field promise out."
+            )
         return self
 
     @model_validator(mode="after")

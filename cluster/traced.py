@@ -91,6 +91,7 @@ class Trace:
             prompt_tokens=np.array([one.prompt_tokens for one in samples]),
             prompt_keys=np.array([one.prompt_key for one in samples]),
             **columns,
+            after_exit=self.pinned.after_exit,
         )
 
 

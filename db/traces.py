@@ -76,10 +76,13 @@ def read_traces(connection: Connection, one: RunRow, first: int, end: int) -> li
     within = (sample.c.benchmark_id == one.benchmark_id, sample.c.position >= first, sample.c.position < end)
     of_run = and_(trace.c.sample_id == sample.c.id, trace.c.run_id == one.id)
     chosen = select(*_SAMPLE, *_ROW).join(trace, of_run).where(*within).order_by(sample.c.position)
-    found = []
-    for number, position, name, group, language, prompt_tokens, key, *packed in connection.execute(chosen):
-        found.append(TracedSample(number, position, name, group, language, prompt_tokens, key, unpack(*packed)))
-    return found
+    return [_traced(*row) for row in connection.execute(chosen)]
+
+
+def _traced(
+    sample_id: int, position: int, name: str, group: str, language: str, tokens: int, key: int, *packed: Any
+) -> TracedSample:
+    return TracedSample(sample_id, position, name, group, language, tokens, key, unpack(*packed))
 
 
 def source_groups(db: Database, run_id: int) -> list[str]:

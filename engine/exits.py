@@ -72,6 +72,19 @@ class ExitsManifest(Spec):
         return self
 
 
+def after_exit(folder: Path, manifest: ExitsManifest) -> tuple[float, ...] | None:
+    """What a calibrated controller adds to the logits of continue, exit and stop where the token before left early.
+
+    None: the bundle's controller does not look at that, or there is none.
+    """
+    from safetensors import safe_open
+
+    if manifest.controller != "calibrated":
+        return None
+    with safe_open(folder / TENSORS, framework="numpy") as tensors:
+        return tuple(map(float, tensors.get_tensor(AFTER_EXIT)))
+
+
 def check_exit_points(points: tuple[int, ...], n_layers: int) -> None:
     """Exit points rise and lie inside the model. Raises `BadInput`."""
     for point in points:

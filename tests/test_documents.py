@@ -78,6 +78,29 @@ def test_the_commands_of_traces_run_as_written(folder: Path) -> None:
 
 
 @pytest.mark.timeout(600)
+def test_the_commands_of_the_study_run_as_written(folder: Path) -> None:
+    run_all(folder, "study.md", {0})
+    assert "<!doctype html>" in (folder / "study.html").read_text()
+
+
+@pytest.mark.timeout(600)
+def test_the_commands_of_calibration_run_as_written(folder: Path) -> None:
+    """Three samples promise nothing, and that is said: no answer but bad input, or that nothing keeps the promise."""
+    run_all(folder, "calibrate.md", {0, 1, 2, 3})
+
+
+def run_all(folder: Path, name: str, codes: set[int]) -> None:
+    """Run the commands of a document; the first one, which traces, succeeds."""
+    document = (ROOT / "docs" / name).read_text()
+    own = environment(folder) | {"SHORTSTOP_DATABASE_URL": f"sqlite:///{folder / f'{name}.db'}"}
+    for place, line in enumerate(block("sh", "shortstop trace", document).splitlines()):
+        command = line.split("#")[0].strip()
+        done = subprocess.run(command, shell=True, cwd=folder, env=own, capture_output=True, text=True)
+        assert done.returncode in (codes if place else {0}), f"{command}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.timeout(600)
 def test_the_readmes_python_runs_as_written(folder: Path) -> None:
     code = block("python", "import shortstop")
     done = subprocess.run(

@@ -114,8 +114,8 @@ class ShortstopLM(TemplateLM):
 
 
 def _device(asked: str | None) -> str:
-    """The harness says `cuda:0` where it means the GPU."""
-    return "auto" if asked is None else asked.split(":")[0]
+    """The harness says `cuda` where nobody has said anything, whether there is a GPU or not."""
+    return "auto" if asked is None or asked.startswith("cuda") else asked
 
 
 def _asked(options: dict[str, Any]) -> tuple[int, tuple[str, ...]]:

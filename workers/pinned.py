@@ -54,6 +54,7 @@ class Pinned(Spec):
     #: of a trace: what its tokens are
     trace: Literal["reference", "full"] | None = None
     controller: bool = False  #: whether the exits have one
+    after_exit: tuple[float, ...] | None = None  #: see `engine.exits.after_exit`
     shape: dict[str, int] | None = None  #: the fields of `engine.cost.Shape`
     heads: tuple[int, ...] | None = None  #: parameters of the head at each point, full depth's unembedding the last
 

@@ -13,6 +13,7 @@ import cluster.errors
 import db.errors
 import engine.errors
 from cluster.cli import (
+    calibrate,
     catalogue,
     comparing,
     exchange,
@@ -27,6 +28,7 @@ from cluster.cli import (
     schedules,
     serve,
     status,
+    study,
     traces,
     training,
 )
@@ -103,6 +105,8 @@ for command in (
     training.train,
     traces.trace,
     traces.replay,
+    study.study,
+    calibrate.calibrate,
     serve.serve,
     machine.doctor,
 ):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from cluster.confirming import Confirmed
     from cluster.grids import ReplaySpec
     from cluster.replays import Estimate, ReplayReport
-    from workers.pinned import Pinned
 
 Target = Annotated[
     str | None,
@@ -99,6 +98,7 @@ def replay(
 ) -> None:
     """Apply policies to a trace, without the model: every kind with many thresholds where none is named."""
     from cluster.cli.progress import watch
+    from cluster.grids import default_policies
     from cluster.replays import replay_trace, to_csv
     from cluster.traced import traces_of
 
@@ -111,7 +111,7 @@ def replay(
             raise BadInput(
                 f"--{'html' if page else 'confirm'} takes one benchmark; name one of {names} by --benchmark."
             )
-        asked = _asked(policy or [], traces[0].pinned)
+        asked = asked_policies(policy or [], default_policies(traces[0].pinned))
         with watch() as shown:
             found = [
                 replay_trace(one, asked, on_progress=lambda done, of: shown.show("replaying", done, of, "tokens"))
@@ -140,12 +140,12 @@ def replay(
         _print_confirmed(confirmed)
 
 
-def _asked(texts: list[str], pinned: "Pinned") -> "ReplaySpec":
-    """All that the options name, in order. Raises `BadInput`."""
-    from cluster.grids import ReplaySpec, default_policies, read_replay
+def asked_policies(texts: list[str], default: list[Any]) -> "ReplaySpec":
+    """All that the options name, in order, or the default. Raises `BadInput`."""
+    from cluster.grids import ReplaySpec, read_replay
 
     if not texts:
-        return ReplaySpec(policies=default_policies(pinned))
+        return ReplaySpec(policies=default)
     first, *others = [read_replay(text) for text in texts]
     for more in others:
         if more != ReplaySpec(policies=more.policies):

@@ -230,7 +230,7 @@ def _between(estimate: Estimate, write: Callable[[float | None], str]) -> str:
 
 
 def _negative(value: float | None) -> float | None:
-    return None if value is None else -value
+    return None if value is None else 0.0 - value  # never -0.0
 
 
 def _units(difference: Difference) -> str:

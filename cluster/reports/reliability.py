@@ -96,7 +96,7 @@ def diagram(bins: dict[str, list[Bin]]) -> Figure:
             "hovermode": "closest",
             "showlegend": True,
             "legend": {"x": 0.02, "y": 0.98, "font": {"size": 12, "color": "var(--ink)"}, "bgcolor": "rgba(0,0,0,0)"},
-            "xaxis": axis("Probability that the controller gave") | {"range": [0, 1]},
-            "yaxis": axis("Share that was so") | {"range": [0, 1]},
+            "xaxis": axis("Probability that the controller gave") | {"range": [-0.02, 1.04]},
+            "yaxis": axis("Share that was so") | {"range": [-0.02, 1.04]},
         },
     }

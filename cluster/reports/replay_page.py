@@ -76,7 +76,7 @@ def write_replay_page(trace: Trace, found: ReplayReport, path: Path) -> None:
 def view_of(trace: Trace, found: ReplayReport) -> ReplayView:
     """The view of a replay. found: over the whole trace, or the part that the page carries."""
     part, model = trace.part(PAGE_TOKENS), trace.cost_model()
-    has_controller = trace.pinned.controller
+    has_controller = _page_knows_controller(part)
     kinds = [("controller", "controller (SEC)")] * has_controller + [(kind, kind) for kind in _SIGNALS]
     sliders = [("threshold", "Threshold", " ".join(_SIGNALS), 900)]
     if has_controller:
@@ -98,13 +98,18 @@ def view_of(trace: Trace, found: ReplayReport) -> ReplayView:
         caption=(
             f"Grey: {len(found.policies):,} policies over {found.tokens:,} tokens, with the Pareto front. The sliders' "
             f"policy is computed over {len(part):,} tokens, keys and values copied. What skipped layers do to later "
-            "tokens is not in a replay: `shortstop replay --confirm` measures it."
+            "tokens is not in a replay; shortstop replay --confirm measures it."
         ),
         columns=["Ideal speed", "Tokens right", "Agreement", "Exit layer", "Samples given up", "Lift of stops"],
         rows=[(one.policy, [_cell(one.figures.get(name), form) for name, form in _COLUMNS]) for one in found.best()],
         footer="Intervals at 95 %, over source groups. A replay is teacher-forced: tokens stand behind the target.",
         data=Markup(json_block(_data(part, model) | {"figure": _figure(found, speed)})),
     )
+
+
+def _page_knows_controller(part: Traced) -> bool:
+    """The page decides for all tokens at once, and one kind of controller looks at what became of the token before."""
+    return part.has_controller and part.after_exit is None
 
 
 _COLUMNS = (
@@ -131,7 +136,7 @@ def _data(part: Traced, model: CostModel | None) -> dict[str, Any]:
     numbers, steps[decoded] = np.unique(batch_steps[decoded], return_inverse=True)
     signals = {name: _signal(getattr(part, column), low, high) for name, (column, low, high) in _SIGNALS.items()}
     winners = None
-    if part.has_controller:
+    if _page_knows_controller(part):
         classes, tops = part.winners
         winners, signals["top"] = _text(classes, np.uint8), _signal(tops, 0.0, 1.0)
     return {
@@ -213,7 +218,7 @@ def _figure(found: ReplayReport, speed: str) -> Figure:
             "hovermode": "closest",
             "showlegend": False,
             "xaxis": axis(speed) | {"ticksuffix": "×"},
-            "yaxis": axis("Tokens right") | {"tickformat": ".0%"},
+            "yaxis": axis("Tokens right") | {"tickformat": ".2~%"},
         },
     }
 

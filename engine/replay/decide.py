@@ -106,8 +106,7 @@ def _firsts(policy: PolicySpec, traced: Traced) -> Array:
 
 def _held_back(policy: PolicySpec, places: Array, last: int) -> Array | None:
     """[n] tokens that want to leave before full depth and may not, for too many before them have; None: none."""
-    limits = [policy.max_exits_in_row, policy.max_debt if policy.kv == "recompute" else None]
-    most = min((limit for limit in limits if limit is not None), default=None)
+    most = _most_in_row(policy)
     if most is None:
         return None
     wants = places < last
@@ -116,6 +115,12 @@ def _held_back(policy: PolicySpec, places: Array, last: int) -> Array | None:
     stayed = np.maximum.accumulate(np.where(wants, -1, here))
     held_back = wants & ((here - stayed) % (most + 1) == 0)
     return held_back if held_back.any() else None
+
+
+def _most_in_row(policy: PolicySpec) -> int | None:
+    """Tokens that may leave one after another."""
+    limits = [policy.max_exits_in_row, policy.max_debt if policy.kv == "recompute" else None]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _forced(policy: PolicySpec, traced: Traced, held_back: Array | None) -> Array | None:
@@ -129,6 +134,21 @@ def _controlled(policy: Controller, traced: Traced) -> Decisions:
     """SEC's rule: the likeliest class acts where its probability exceeds its threshold. Behind the last layer it can
     only stop; a token that may not leave can still be given up.
     """
+    last = traced.last
+    leaves, gives_up = _wishes(policy, traced)
+    if traced.after_exit is not None:
+        leaves, gives_up = _one_behind_another(policy, traced, (leaves, gives_up))
+    held_back = _held_back(policy, leaves, last)
+    if held_back is not None:
+        leaves[held_back] = last
+    stops = (gives_up <= last) & (leaves == last)
+    behind = _behind_a_stop(stops, traced)
+    taken = np.where(stops, gives_up, leaves)
+    return Decisions(taken, stops & ~behind, behind, _forced(policy, traced, held_back))
+
+
+def _wishes(policy: Controller, traced: Traced) -> tuple[Array, Array]:
+    """[n] each: the place where a token wants to leave, `last` where it does not; where to give up, else behind it."""
     last, places = traced.last, usable_places(policy, traced)
     leaves = _first_place(traced, "exits", places, policy.exit)
     gives_up = _first_place(traced, "stops", places, policy.stop)
@@ -139,13 +159,27 @@ def _controlled(policy: Controller, traced: Traced) -> Decisions:
     first = _firsts(policy, traced)
     leaves[first], gives_up[first] = last, last + 1
     leaves[gives_up < leaves] = last
-    held_back = _held_back(policy, leaves, last)
-    if held_back is not None:
-        leaves[held_back] = last
-    stops = (gives_up <= last) & (leaves == last)
-    behind = _behind_a_stop(stops, traced)
-    taken = np.where(stops, gives_up, leaves)
-    return Decisions(taken, stops & ~behind, behind, _forced(policy, traced, held_back))
+    return leaves, gives_up
+
+
+def _one_behind_another(policy: Controller, traced: Traced, plain: tuple[Array, Array]) -> tuple[Array, Array]:
+    """`_wishes` of a controller that looks at whether the token before left: step by step, all samples at once.
+
+    plain: as if none had left.
+    """
+    behind, most = _wishes(policy, traced.behind_exits), _most_in_row(policy)
+    leaves, gives_up = plain[0].copy(), plain[1].copy()
+    in_row = np.zeros(len(traced.starts), np.int64)  # tokens of each sample that left, one after another, up to here
+    for step in range(int(traced.lengths.max())):
+        going = traced.lengths > step
+        here, left = traced.starts[going] + step, in_row[going] > 0
+        leaves[here] = np.where(left, behind[0][here], plain[0][here])
+        gives_up[here] = np.where(left, behind[1][here], plain[1][here])
+        leaving = leaves[here] < traced.last
+        if most is not None:
+            leaving &= in_row[going] < most
+        in_row[going] = np.where(leaving, in_row[going] + 1, 0)
+    return leaves, gives_up
 
 
 def _behind_a_stop(stops: Array, traced: Traced) -> Array:

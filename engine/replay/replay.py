@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import BadInput
-from engine.replay.decide import Decisions, check_replayable, decide
+from engine.replay.decide import Decisions, Oracle, check_replayable, decide
 from engine.replay.figures import SUMS, Figure, figures, pareto_front
 from engine.replay.ideal import CostModel, Steps
 from engine.replay.traced import Array, Traced
@@ -27,7 +27,8 @@ class Replayed:
     tokens: int  #: of the trace
     samples: int
     groups: int  #: that have samples in what was replayed
-    front: Array  #: [r] on the Pareto front of ideal speed (without a cost model: of depth) and tokens right
+    #: [r] on the Pareto front of ideal speed (without a cost model: of depth) and tokens right; the oracle is not
+    front: Array
     stopped: Array  #: [r] samples that were given up
 
 
@@ -37,11 +38,13 @@ def replay(
     *,
     groups: int,
     model: CostModel | None,
+    of_groups: Array | None = None,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Replayed:
     """Apply policies to a trace.
 
     pieces: the trace from its start, each time it is called; whole batches. groups: how many source groups there are.
+    of_groups: numbers of those that figures and stops are of; of all when absent.
     on_progress: tokens done and, once they are known, of how many (0 before), over all policies. Raises `BadInput`.
     """
     chosen = [*policies]
@@ -60,6 +63,7 @@ def replay(
             _add(sums, some, piece, model)
             tokens, samples, done = tokens + len(piece), samples + len(piece.lengths), done + len(piece) * len(some)
             on_progress(done, 0 if first == 0 else tokens * len(chosen))
+        sums = sums if of_groups is None else sums[:, of_groups]
         parts.append(figures(sums))
         present = int((sums[0, :, SUMS.index("samples")] > 0).sum())
         stopped.append(sums[:, :, SUMS.index("stops")].sum(1))
@@ -67,7 +71,8 @@ def replay(
     if model is None:
         del joined["speedup_ideal"]
     speed = -joined["mean_exit_layer"].values if model is None else joined["speedup_ideal"].values
-    front = pareto_front(speed, joined["tokens_right"].values)
+    able = np.array([not isinstance(policy, Oracle) for policy in chosen])  # the oracle beats whoever can be run
+    front = pareto_front(np.where(able, speed, np.nan), joined["tokens_right"].values)
     return Replayed(chosen, joined, tokens, samples, present, front, np.concatenate(stopped))
 
 

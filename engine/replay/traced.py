@@ -1,6 +1,6 @@
 """A piece of a trace in hand: some whole batches of samples, their tokens one after another."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -36,6 +36,8 @@ class Traced:
     similarities: Array  #: [p, n]
     controller: Array  #: [p, 3, n]
     ranks: Array  #: [p, n]
+    #: what the controller adds to its logits where the token before left early; None: it does not look at that
+    after_exit: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -102,6 +104,13 @@ class Traced:
     def _where_likeliest(self, which: int) -> Array:
         winner, top = self.winners
         return np.where(winner == which, top, np.float32(-1))
+
+    @cached_property
+    def behind_exits(self) -> "Traced":
+        """As if the token before each had left early. The controller's probabilities are recorded as if none had."""
+        assert self.after_exit is not None
+        weighted = self.controller * np.exp(np.array(self.after_exit, np.float32))[:, None]
+        return replace(self, controller=weighted / weighted.sum(axis=1, keepdims=True), after_exit=None)
 
     def so_far(self, column: str, places: range, sign: int = 1) -> list[Array]:
         """For each of these neighbouring places [n] the highest of a signal from the first of them up to it; kept.

@@ -20,9 +20,10 @@ from engine.policies import STOP
 from engine.record import Decoded
 from engine.spec import PolicySpec, parse_policy
 from engine.text import Prompt
-from engine.training.corpus import Window, source_folder
+from engine.training.corpus import Window
 from engine.training.labels import labels, predictions
 from engine.training.scores import auroc, lift
+from engine.training.sources import source_folder
 from engine.training.states import cache_states
 from tests.bench.measure import Row, seconds, summarise
 from workers.estimates import estimate

@@ -7,8 +7,8 @@ by doing the same without the shortlist, and without stops. At batch 4 and 16, a
 
 In the environment: BENCH_SAMPLES of each benchmark (150; a quality figure wants 1,500 from 100 source groups),
 BENCH_SWEEP samples for the choice (60), BENCH_ROUNDS batches behind each speed (6), BENCH_BUNDLES (all that are
-shipped), BENCH_SOURCE (torch). The reports, with the frontiers drawn, and the record lie beside the table in
-build/bench/.
+shipped), BENCH_SOURCE (torch), BENCH_CHOICE (what was held out). The reports, with the frontiers drawn, and the record
+lie beside the table in build/bench/.
 """
 
 import os
@@ -32,6 +32,8 @@ from tests.bench.measure import Row, printed, write
 
 SAMPLES = int(os.environ.get("BENCH_SAMPLES", 150))
 SWEEP = int(os.environ.get("BENCH_SWEEP", 60))
+#: a source tree for the choice; what a bundle held out when it was trained, where the environment names none
+CHOICE = os.environ.get("BENCH_CHOICE")
 BUNDLES = os.environ.get("BENCH_BUNDLES", "").split() or shipped_exits()
 FOLDER = Path("build/bench")
 DATABASE = f"sqlite:///{FOLDER / 'exits.db'}"
@@ -168,7 +170,7 @@ def evidence(name: str) -> Iterator[Row]:
     """All rows of a bundle."""
     manifest = read_manifest(find_bundle(name))
     _check_unseen(manifest)
-    held = next(str(entry["source"]) for entry in manifest.corpus if entry.get("held_out"))
+    held = CHOICE or next(str(entry["source"]) for entry in manifest.corpus if entry.get("held_out"))
     sweep = evaluated(
         name, [{"source": held, "samples": SWEEP, "seed": SEED}], every_policy(manifest), f"{name}: choice on {held}"
     )

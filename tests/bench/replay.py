@@ -61,7 +61,7 @@ def make_trace(db: Database, tokens: int) -> int:
         db,
         lease,
         pinned=_PINNED.model_dump(mode="json"),
-        benchmarks=[PlannedBenchmark("made-up", "1", f"made-up-{tokens}", "line", made)],
+        benchmarks=[PlannedBenchmark(f"{tokens} tokens", "1", f"made-up-{tokens}", "line", made)],
         artifacts=[],
         policies=[PlannedPolicy("trace", "trace", {"trace": {"target": "reference"}})],
     )

@@ -5,9 +5,9 @@ from functools import cache
 
 import numpy as np
 import pytest
-from forced import forced, traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from teacher_forced import forced, traced
 from test_trace import random_targets
 from tiny_models import MACHINE, POINTS, random_prompts
 
@@ -66,7 +66,8 @@ def piece(tiny_engine: Callable[..., Engine]) -> Callable[[int], Piece]:
 
     @cache
     def made(seed: int) -> Piece:
-        engine = tiny_engine("llama", head="lens")
+        controller = "calibrated" if seed >= 4 else "sec"  # the one that looks at the token before
+        engine = tiny_engine("llama", head="lens", controller=controller)
         prompts = random_prompts(len(LENGTHS), seed=seed, shortest=2, longest=20)
         targets = random_targets(LENGTHS, seed)
         return engine, prompts, targets, traced(engine, prompts, targets, engine.trace(prompts, targets).traces)
@@ -86,14 +87,15 @@ def _nearness(spec: PolicySpec, traced: Traced, token: int) -> float:
     if spec.kind == "patience":
         return float(traced.margins[:, token].min())
     if spec.kind == "controller":
-        ordered = np.sort(traced.controller[:, :, token], axis=1)
+        both = [traced] if traced.after_exit is None else [traced, traced.behind_exits]
+        ordered = np.sort(np.concatenate([one.controller[:, :, token] for one in both]), axis=1)
         gaps = [ordered[:, 2] - spec.exit, ordered[:, 2] - spec.stop, ordered[:, 2] - ordered[:, 1]]
         return float(np.abs(gaps).min())
     return np.inf
 
 
 @settings(max_examples=120, deadline=None)
-@given(spec=policies(), seed=st.integers(0, 3))
+@given(spec=policies(), seed=st.integers(0, 5))
 def test_replay_decides_what_a_teacher_forced_decode_decides(
     piece: Callable[[int], Piece], spec: PolicySpec, seed: int
 ) -> None:
@@ -194,6 +196,8 @@ def test_figures_by_hand(piece: Callable[[int], Piece]) -> None:
         if stopped:
             assert values["stop_precision"] == len(set(stopped) & set(wrong)) / len(stopped)
     assert found.figures["speedup_ideal"].values[0] == pytest.approx(1)
+    assert found.front[:3].any()
+    assert not found.front[3]  # the oracle leaves a front to those that can be run
 
 
 def test_pieces_and_goes_do_not_matter(piece: Callable[[int], Piece], monkeypatch: pytest.MonkeyPatch) -> None:

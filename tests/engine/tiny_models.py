@@ -27,10 +27,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from engine.controllers import promised
 from engine.cost import Machine
 from engine.engine import Engine, Prompt
 from engine.exits import MANIFEST, TENSORS
 from engine.loading import ModelFacts, resolve_model
+from engine.spec import ControllerKind
 
 N_LAYERS = 6
 HIDDEN = 48
@@ -198,13 +200,16 @@ def make_bundle(
     head: str = "tied",
     points: tuple[int, ...] = POINTS,
     shortlist: int | None = None,
-    controller: bool = True,
+    controller: bool | ControllerKind = True,
     seed: int = 0,
 ) -> Path:
     """Write an exit bundle with random heads whose confidences and verdicts differ from token to token."""
     torch.manual_seed(seed)
     tensors = _random_heads(facts, head, points, shortlist)
-    if controller:
+    if controller == "calibrated":
+        shapes = promised("calibrated", points, facts.hidden_size)
+        tensors |= {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+    elif controller:
         tensors["controller"] = torch.randn(3, facts.hidden_size) * 0.12
     return write_bundle(
         folder, facts, tensors, head=head, exit_points=points, shortlist=shortlist, controller=controller

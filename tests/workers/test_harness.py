@@ -157,7 +157,7 @@ def test_the_command_is_the_harness_own(folder: Path, tmp_path: Path, monkeypatc
 
     arguments = {"pretrained": str(folder / "model"), "exits": str(folder / "exits"), "policy": POLICY, "threads": 1}
     monkeypatch.setattr(sys, "argv", list(sys.argv))
-    command = ["lm-eval", "run", "--model", "shortstop", "--model_args", json.dumps(arguments), "--device", "cpu"]
+    command = ["lm-eval", "run", "--model", "shortstop", "--model_args", json.dumps(arguments)]
     command += ["--tasks", "local_lines", "--include_path", str(folder / "tasks"), "--log_samples"]
     done = CliRunner().invoke(app, [*command, "--output_path", str(tmp_path / "out")])
     assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"

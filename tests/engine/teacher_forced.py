@@ -42,11 +42,11 @@ def forced(engine: Engine, prompts: list[Prompt], targets: list[list[int]], spec
 def traced(engine: Engine, prompts: list[Prompt], targets: list[list[int]], traces: list[TargetTrace]) -> Traced:
     """The traces of one batch as a piece to replay; each prompt is a source group."""
     columns = {name: np.concatenate([getattr(one, name) for one in traces], axis=-1) for name in traces[0].__dict__}
-    rows = np.arange(len(targets))
+    rows, controller = np.arange(len(targets)), engine.heads.controller
     return Traced(
         points=tuple(sorted({*engine.exit_points, engine.n_layers})),
         exit_points=engine.exit_points,
-        has_controller=engine.heads.controller is not None,
+        has_controller=controller is not None,
         max_new_tokens=max(map(len, targets)),
         lengths=np.array([len(target) for target in targets]),
         groups=rows,
@@ -54,4 +54,5 @@ def traced(engine: Engine, prompts: list[Prompt], targets: list[list[int]], trac
         prompt_tokens=np.array([len(prompt.token_ids) for prompt in prompts]),
         prompt_keys=np.array([prompt.key for prompt in prompts]),
         **columns,
+        after_exit=tuple(controller.after_exit.tolist()) if controller is not None and controller.recalls else None,
     )
