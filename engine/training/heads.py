@@ -180,8 +180,10 @@ class HeadTrainer(Trainer):
 
     @torch.no_grad()
     def _folded(self) -> dict[str, Tensor]:
+        """As a bundle has them: in the model's units, in 16 bits."""
         folded = {}
         for name, parameter in self.parameters.items():
             size = self.sizes[int(name.split(".")[1])]
-            folded[name] = (parameter * size if name.endswith(".up") else parameter / size).detach().cpu().contiguous()
+            tensor = parameter * size if name.endswith(".up") else parameter / size
+            folded[name] = tensor.half().cpu().contiguous()
         return folded
