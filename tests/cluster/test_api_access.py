@@ -45,6 +45,7 @@ OPERATIONS = {
     ("POST", "/v1/query"): "query",
     ("POST", "/v1/uploads"): "submit",
     ("GET", "/v1/models"): "read",
+    ("GET", "/v1/benchmarks/{name}"): "read",
     ("GET", "/v1/benchmarks"): "read",
     ("GET", "/v1/policies"): "read",
     ("GET", "/v1/workers"): "read",
@@ -79,6 +80,7 @@ def test_each_scope_at_each_operation(site: Site, scope: str | None) -> None:
             continue  # it may, and would
         of_ended = path.endswith(("events", "labels"))
         target = path.replace("{job_id}", str(site.done if of_ended else site.waiting))
+        target = target.replace("{name}", "nothing-of-that-name")
         target += f"?a={site.done}" if path == "/v1/compare" else ""
         answer = site.served.ask(method, target, key)  # without a body: who may gets as far as its absence
         got = (method, path, scope, answer.status_code, answer.text)
@@ -89,8 +91,8 @@ def test_each_scope_at_each_operation(site: Site, scope: str | None) -> None:
             assert answer.headers["www-authenticate"].startswith("Bearer"), got
             time.sleep(0.11)  # strangers are slowed down
         elif needed in ("any", scope) or scope == "admin":
-            # there is no schedule of that name
-            assert answer.status_code in ((200, 204, 404) if "{name}" in path else (200, 204, 403, 415)), got
+            # there is no schedule of that name, nor a benchmark
+            assert answer.status_code in ((200, 204, 404, 422) if "{name}" in path else (200, 204, 403, 415)), got
             assert answer.status_code != 403 or "is 'somebody''s" in answer.json()["detail"].replace('"', "'"), got
         else:
             assert (answer.status_code, slug(answer)) == (403, "forbidden"), got
