@@ -18,7 +18,7 @@ from engine.errors import BadInput
 from engine.exits import TENSORS
 from engine.loading import load_model, resolve_model
 from engine.training.backbone import Backbone, TunedProjection
-from engine.training.checkpoint import NotFinite
+from engine.training.checkpoint import Log, NotFinite
 from engine.training.spec import TrainSpec
 from engine.training.train import train
 from engine.training.trainer import Losses
@@ -107,6 +107,22 @@ def test_a_killed_tuning_goes_on_from_its_checkpoint_with_the_same_curve_to_the_
     assert broken == unbroken
 
 
+def test_a_log_forgets_the_steps_that_are_taken_again(tmp_path: Path) -> None:
+    """A process that died behind its last checkpoint logged steps, and half a line, that the next one logs itself."""
+    log = Log(tmp_path / "log.jsonl")
+    for stage, steps in (("tuning", 4), ("heads", 2)):
+        for step in range(1, steps + 1):
+            log.write(stage, step, loss=1.0)
+    with log.path.open("a") as file:
+        file.write('{"stage": "tun')
+    log.forget("tuning", 2)
+    log.write("tuning", 3, loss=2.0)
+    entries = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [(entry["stage"], entry["step"]) for entry in entries] == [
+        ("tuning", 1), ("tuning", 2), ("heads", 1), ("heads", 2), ("tuning", 3),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "codegen", "gpt_bigcode", "starcoder2"])
 def test_a_backbone_starts_as_its_model_and_ends_as_its_model_with_the_deltas(
     family: str, tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,7 +170,7 @@ def test_a_steps_gradient_is_that_of_the_loss_it_tells(
     tuner = made_tuner(spec, tmp_path)
     parameter = tuner.backbone.deltas["deltas.model.layers.1.mlp.up_proj.b"]
     ids, points = tuner._windows(0), tuner.points
-    weights = dict.fromkeys(points, 0.5)
+    weights = dict.fromkeys(points, 5.0)  # as large as the last layer's part: neither hides the other
 
     # The exits' target is what the last layer says: it is a constant to them, and has to stay one here.
     truth, told = tuner._truth, []
@@ -172,7 +188,7 @@ def test_a_steps_gradient_is_that_of_the_loss_it_tells(
     for step in (0.02, -0.02):
         with torch.no_grad():
             parameter[place] += step
-            ends.append(tuner._losses(ids, points, set(), weights).joint(0.5))
+            ends.append(tuner._losses(ids, points, set(), weights).joint(5.0))
             parameter[place] -= step
     assert slope == pytest.approx((ends[0] - ends[1]) / 0.04, rel=0.05)
 
