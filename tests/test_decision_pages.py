@@ -9,7 +9,8 @@ PAGE = (ROOT / "docs" / "decisions" / "record.md").read_text()
 
 def test_every_fault_names_tests_that_exist() -> None:
     """Red where a test is renamed, and where a row of the table names none."""
-    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and "| put in by |" not in line]
+    faults = PAGE[: PAGE.index("\n## ")]
+    rows = [line for line in faults.splitlines() if line.startswith("| ") and "| put in by |" not in line]
     assert len(rows) >= 15
     for row in rows:
         named = re.findall(r"`(tests/\S+\.py)::(test_\w+)`", row)

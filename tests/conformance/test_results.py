@@ -303,7 +303,7 @@ def test_scores_of_what_is_not_in_the_shard_are_refused(db: Database) -> None:
     lease = claimed(db)
     made = results_of(db, lease)
     stray = replace(made.scores[0], sample_id=99)
-    with pytest.raises(RecordError, match="scores of samples that are not its own"):
+    with pytest.raises(RecordError, match="scores or traces of samples not its own"):
         results.commit_shard(db, lease, replace(made, scores=[*made.scores, stray]))
     results.commit_shard(db, lease, made)
 

@@ -80,7 +80,11 @@ def test_an_interrupted_fine_tuning_ends_as_an_unbroken_one(spec: FineTuneSpec, 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
-    [({"context": 1000}, "nothing is left"), ({"model": "no-such"}, "no-such"), ({"corpus": ["no_such"]}, "no_such")],
+    [
+        ({"context": 1000, "holdout_tokens": 2000}, "nothing is left"),
+        ({"model": "no-such"}, "no-such"),
+        ({"corpus": ["no_such"]}, "no_such"),
+    ],
 )
 def test_a_fine_tuning_that_cannot_be_is_refused(
     spec: FineTuneSpec, tmp_path: Path, fields: dict[str, Any], says: str

@@ -40,7 +40,7 @@ def test_trace_is_what_heads_say_behind_each_prefix(
                 state, earlier = (_state(engine, before, layers) for layers in (point, point - 1))
                 prediction = engine.heads.predict(point, state)
                 similarity = torch.cosine_similarity(state, earlier)
-                judged = engine.heads.judge(state)[0]
+                judged = engine.heads.judge(point, state)[0]
                 seen = [
                     trace.probabilities[place, step], trace.margins[place, step], trace.entropies[place, step],
                     trace.similarities[place, step], *trace.controller[place, :, step],

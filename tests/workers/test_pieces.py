@@ -239,9 +239,9 @@ def test_halving_begins_with_the_failed_batch_gone(whole: Engine, monkeypatch: p
     held: list[weakref.ref[Any]] = []
     prefill, decode = whole.prefill, whole.decode
 
-    def remembering(prompts: Any, room: int) -> Any:
+    def remembering(prompts: Any, room: int, **options: Any) -> Any:
         assert [reference() for reference in held] == [None] * len(held)
-        prefilled = prefill(prompts, room)
+        prefilled = prefill(prompts, room, **options)
         held.append(weakref.ref(prefilled))
         return prefilled
 

@@ -170,7 +170,7 @@ def test_a_source_that_cannot_be_had_is_named(tmp_path, monkeypatch, spec, sente
 
 def test_an_empty_benchmark_says_what_was_left_out(tmp_path):
     with pytest.raises(
-        BadInput, match=r"has no samples; .* 1 files were left out; the first: a\.py is left out: it is empty"
+        BadInput, match=r"has no samples; .* 1 pieces of input were left out; the first: a\.py is left out: it is empty"
     ):
         load({"source": write(tmp_path, {"a.py": ""})})
 
