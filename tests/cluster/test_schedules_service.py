@@ -103,7 +103,7 @@ def _prompts() -> dict[str, Any]:
         ({"ends": "2026-02-30"}, "schedule: ends '2026-02-30' is no date; write it like 2027-01-31, or "),
         ({"ends": "2026-01-01"}, "ends '2026-01-01': schedule 'nightly' would never fire; give a later day."),
         ({"name": "a/b"}, "schedule: name 'a/b': give 1 to 100 letters, digits or . _ @ + -."),
-        ({"job": {"model": "x"}}, "schedule: job: field 'benchmarks' is missing; add it."),
+        ({"job": {"model": "x"}}, "schedule: job: field 'policies' is missing; add it."),
         ({"gate": {"rules": []}}, "schedule: gate: field 'rules' is []; "),
         (
             {"gate": {"rules": [{"metric": "ess", "min": 1}]}},
