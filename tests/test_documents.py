@@ -94,7 +94,7 @@ def run_all(folder: Path, name: str, codes: set[int]) -> None:
     document = (ROOT / "docs" / name).read_text()
     own = environment(folder) | {"SHORTSTOP_DATABASE_URL": f"sqlite:///{folder / f'{name}.db'}"}
     for place, line in enumerate(block("sh", "shortstop trace", document).splitlines()):
-        command = line.split("#")[0].strip()
+        command = line.split("#")[0].strip().replace("samples=160", "samples=3")  # as `folder` has cut the spec
         done = subprocess.run(command, shell=True, cwd=folder, env=own, capture_output=True, text=True)
         assert done.returncode in (codes if place else {0}), f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr

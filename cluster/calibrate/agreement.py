@@ -60,7 +60,7 @@ def calibrate_agreement(
     samples, losses = losses_of(trace, policies, wrong_tokens)
     check_enough(samples, "agreement", max_disagree, level)
     figures = replay_trace(trace, ReplaySpec(policies=[one.dump() for one in policies]), on_progress=on_progress)
-    p_values, kept = tested(losses, chains, max_disagree, level)
+    p_values, kept = along_chains(losses, chains, max_disagree, level)
     tried = [
         Candidate(
             row.policy,
@@ -108,7 +108,7 @@ def chains_of(policies: Sequence[PolicySpec]) -> list[list[int]]:
     return [[place for _, place in sorted(chain)] for chain in chains.values()]
 
 
-def tested(
+def along_chains(
     losses: Array, chains: Sequence[Sequence[int]], bound: float, level: float
 ) -> tuple[dict[int, float], set[int]]:
     """The p-value of every policy that was reached, and those that keep the promise.

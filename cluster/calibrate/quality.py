@@ -79,6 +79,8 @@ def calibrate_quality(
     tried: list[Candidate] = []
     held_out: dict[str, HeldOut | None] = {}
     losses = [live_losses(db, trace, runs[row.policy], metric, highest) for row in live]
+    # groups in which full depth itself ended with errors do not count
+    check_enough(losses[0].of(parts.test), "quality", bound, 1 - confidence)
     p_values, kept = in_sequence([one.of(parts.test) for one in losses], bound, 1 - confidence)
     groups, samples = 0, 0
     for place, (row, own) in enumerate(zip(live, losses, strict=True)):

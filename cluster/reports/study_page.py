@@ -37,7 +37,7 @@ def write_study_page(studies: Sequence[Study], path: Path) -> None:
             continued=_continued,
             charts=Markup(json_block(_charts(studies))),
             ramp=ramp(points),
-            styles=[Markup(asset("page.css"))],
+            styles=[Markup(asset(name)) for name in ("page.css", "study.css")],
             scripts=[Markup(script) for script in scripts],
             policy=content_security_policy(scripts),
         )
@@ -61,7 +61,7 @@ def _charts(studies: Sequence[Study]) -> dict[str, Figure]:
 
 def _by_depth(counted: Counted) -> Figure:
     """First right and right at each exit point, and the share that never is."""
-    names = [*map(str, counted.points[:-1]), "full depth"]
+    names = _names(counted)
     first = {
         "type": "bar",
         "name": "first right here",
@@ -101,7 +101,7 @@ def _by_depth(counted: Counted) -> Figure:
 
 
 def _matrix(counted: Counted) -> Figure:
-    names = [*map(str, counted.points[:-1]), "full"]
+    names = _names(counted)
     cells = [[f"{100 * value:.0f}" for value in row] for row in counted.agreement]
     heat = {
         "type": "heatmap",
@@ -145,8 +145,8 @@ def _stacked(counted: Counted, slices: Sequence[Slice]) -> Figure:
         }
 
     bars = [
-        bar(str(point), [one.first_right[place].value for one in shown], f"var(--layer-{point})")
-        for place, point in enumerate(counted.points)
+        bar(name, [one.first_right[place].value for one in shown], f"var(--layer-{point})")
+        for place, (point, name) in enumerate(zip(counted.points, _names(counted), strict=True))
     ]
     never = bar("never", [one.never.value for one in shown], "var(--stop)")
     return {
@@ -224,6 +224,10 @@ def _bars(shares: Sequence[Share | None]) -> Figure:
         "width": 3,
         "color": "var(--muted)",
     }
+
+
+def _names(counted: Counted) -> list[str]:
+    return [*map(str, counted.points[:-1]), "full depth"]
 
 
 def _facts(one: Study) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cluster import jobs
-from cluster.calibrate.agreement import chains_of, losses_of, tested, wrong_tokens
+from cluster.calibrate.agreement import along_chains, chains_of, losses_of, wrong_tokens
 from cluster.calibrate.quality import in_sequence, live_losses
 from cluster.confirming import run_live
 from cluster.grids import expand
@@ -71,7 +71,7 @@ def agreement(trace: Trace) -> Iterator[Row]:
     chains = chains_of(policies)
     level = (1 - CONFIDENCE) / len(chains)
     for bound in (0.05, 0.1, 0.2):
-        share, given = broken(losses, lambda drawn, bound=bound: tested(drawn, chains, bound, level)[1], bound)
+        share, given = broken(losses, lambda drawn, bound=bound: along_chains(drawn, chains, bound, level)[1], bound)
         name = f"agreement, at most {bound:g}: promises broken"
         yield Row(name, share, share, share, "of draws", at_most=most_broken())
         yield Row(f"agreement, at most {bound:g}: promises given", given, given, given, "of draws")
@@ -92,10 +92,10 @@ def random_controller(trace: Trace, policies: list[PolicySpec]) -> Iterator[Row]
     _, losses = losses_of(trace, asked, shuffled)
     leaves = losses.mean(1) > 0
     chains = chains_of(asked)
-    share, _ = broken(losses, lambda drawn: tested(drawn, chains, 0.05, 1 - CONFIDENCE)[1], 0.05)
+    share, _ = broken(losses, lambda drawn: along_chains(drawn, chains, 0.05, 1 - CONFIDENCE)[1], 0.05)
     name = "a random controller, agreement, at most 0.05: promises broken"
     yield Row(name, share, share, share, "of draws", at_most=most_broken())
-    kept = tested(losses, chains, 0.05, 1 - CONFIDENCE)[1]
+    kept = along_chains(losses, chains, 0.05, 1 - CONFIDENCE)[1]
     used = sum(bool(leaves[place] and losses[place].mean() > 0.05) for place in kept)
     yield Row("a random controller: policies above the bound that are promised", used, used, used, "", at_most=0)
 
