@@ -197,7 +197,7 @@ FILES = [
     ("model: [", "line 1"),
     ("- a list", "mapping"),
     ("", "mapping"),
-    ("model: x", "'benchmarks' is missing"),
+    ("model: x", "'policies' is missing"),
     ("model: x\nbenchmarks: []\npolicies: [full]", "benchmarks"),
 ]
 
@@ -207,14 +207,14 @@ def test_a_file_that_is_no_spec_is_refused(text: str, told: str) -> None:
     assert_refused(call("run", "-", stdin=text), told)
 
 
+@pytest.mark.slow
 def test_a_broken_line_of_jsonl_is_named_with_file_and_number(world: World, tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"prompt": "a", "reference": "b"}\n{"prompt": \n')
     spec = world.spec_file(tmp_path / "spec.yaml", benchmarks=[{"jsonl": "lines.jsonl"}])
     result = call("run", spec, "--database", f"sqlite:///{tmp_path / 'record.db'}")
-    assert_refused(result, "lines.jsonl")
-    assert "2" in result.stderr.replace(str(tmp_path), "")
-    assert not (tmp_path / "record.db").exists()
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"lines\.jsonl\S*,? line 2\b", " ".join(result.stdout.split())), result.stdout
 
 
 def test_exits_of_other_weights_are_refused(world: World, tmp_path: Path) -> None:
@@ -282,6 +282,7 @@ def test_query_only_reads(done: dict[str, Any]) -> None:
         assert_refused(call("query", sql, "--database", done["url"]), "")
 
 
+@pytest.mark.slow
 def test_training_refuses_a_bad_spec(tmp_path: Path) -> None:
     spec = {"model": "smollm2-135m", "corpus": ["json"], "holdout": ["json"], "exit_points": [3]}
     for change, told in (({}, "json"), ({"holdout": ["csv"], "epochs": 0}, "epochs"), ({"corpus": []}, "corpus")):

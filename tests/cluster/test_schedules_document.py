@@ -22,6 +22,8 @@ from db.schedules import Verdict, Wish
 from db.session import Database, open_database
 from engine.exits import find_bundle
 
+pytestmark = pytest.mark.slow
+
 TEXT = (Path(__file__).parents[2] / "docs" / "schedules.md").read_text()
 
 
