@@ -151,7 +151,7 @@ def test_the_list_of_jobs_follows_what_happens(scene: Scene, browser: Browser) -
 
 
 def test_a_filtered_list_only_says_that_there_is_more(scene: Scene, browser: Browser) -> None:
-    browser.open(scene.served.url + "/?search=night")
+    browser.open(scene.served.url + "/?search=nightly")
     assert browser.evaluate("document.querySelectorAll('[data-job]').length") == 1
     browser.wait_for("performance.getEntriesByType('resource').some((one) => one.name.includes('/live'))")
     cluster_jobs.submit(scene.db, scene.world.spec(name="another"), principal="alice")
