@@ -12,7 +12,6 @@ from cluster.api.jobs import Shared
 from cluster.pages.forms import Asked
 from cluster.pages.showing import PageRoute, show
 from db.queries import query
-from db.reader import VIEWS
 from db.session import Database
 from engine.errors import BadInput
 
@@ -23,11 +22,12 @@ MOST_ROWS = 1_000
 LONGEST = 100_000
 _SECONDS = 30.0
 
-#: a row of each view
+#: what each of `db.reader.VIEWS` has a row for, in the order of the page
 ROWS = {
     "run_summary": "a row a run",
     "completion": "a row a sample and policy",
     "completion_score": "a row a completion and metric",
+    "completion_label": "a row a completion and judge",
     "token": "a row a token",
     "batch": "a row a batch and policy",
     "overlap": "a row a sample and corpus",
@@ -108,7 +108,7 @@ def _page(
 def _schema(db: Database) -> dict[str, list[str]]:
     """The columns of each view, as this record has them."""
     found = {}
-    for view in sorted(VIEWS, key=list(ROWS).index):
+    for view in ROWS:
         with query(db, f"SELECT * FROM {view} LIMIT 0") as answer:
             found[view] = answer.columns
     return found

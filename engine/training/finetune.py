@@ -20,6 +20,7 @@ from engine.device import find_device
 from engine.loading import load_model, load_tokenizer, resolve_model
 from engine.training.checkpoint import Log
 from engine.training.corpus import Window, read_corpora
+from engine.training.sources import check_apart
 from engine.training.spec import FineTuneSpec
 from engine.training.trainer import Losses, Trainer
 from engine.training.workplace import OnProgress, Workplace, reported
@@ -79,6 +80,7 @@ def finetune(
     benchmarks: Iterable[tuple[str, str]] = (),
 ) -> Path:
     """Train a model's weights on a language; gives the folder of the new model. Raises `BadInput`."""
+    check_apart(spec.corpus, spec.holdout)  # and not only once the model is converted
     place = Workplace(out, spec)
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)

@@ -35,6 +35,7 @@ from engine.training.corpus import Corpus, Entry, read_corpora
 from engine.training.heads import HeadTrainer
 from engine.training.scores import held_out_scores
 from engine.training.shortlist import choose_shortlist, coverage
+from engine.training.sources import check_apart
 from engine.training.spec import TrainSpec
 from engine.training.states import cache_states, places_of
 from engine.training.tuning import Tuner
@@ -51,6 +52,7 @@ def train(
 
     benchmarks: names and texts of what must not be learned, besides what is held out.
     """
+    check_apart(spec.corpus, spec.holdout)  # and not only once the model is converted
     place = Workplace(out, spec)
     work, log = place.work, place.log
     if spec.threads is not None:

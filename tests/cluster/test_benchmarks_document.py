@@ -18,8 +18,6 @@ from db.session import open_database
 from workers.benchmarks.lines import LANGUAGES
 from workers.benchmarks.spec import parse_benchmark
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "benchmarks.md").read_text()
 

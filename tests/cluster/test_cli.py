@@ -207,7 +207,6 @@ def test_a_file_that_is_no_spec_is_refused(text: str, told: str) -> None:
     assert_refused(call("run", "-", stdin=text), told)
 
 
-@pytest.mark.slow
 def test_a_broken_line_of_jsonl_is_named_with_file_and_number(world: World, tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"prompt": "a", "reference": "b"}\n{"prompt": \n')
@@ -282,7 +281,6 @@ def test_query_only_reads(done: dict[str, Any]) -> None:
         assert_refused(call("query", sql, "--database", done["url"]), "")
 
 
-@pytest.mark.slow
 def test_training_refuses_a_bad_spec(tmp_path: Path) -> None:
     spec = {"model": "smollm2-135m", "corpus": ["json"], "holdout": ["json"], "exit_points": [3]}
     for change, told in (({}, "json"), ({"holdout": ["csv"], "epochs": 0}, "epochs"), ({"corpus": []}, "corpus")):

@@ -11,9 +11,11 @@ from served import SECONDS, serving
 from small_world import World
 
 from cluster.pages.jobs import read_yaml_text
+from cluster.pages.query import ROWS
 from cluster.pages.sessions import _here
 from cluster.pages.texts import difference
 from db import jobs
+from db.reader import VIEWS
 from engine.errors import BadInput
 
 
@@ -98,6 +100,14 @@ def test_a_reader_is_shown_no_buttons_and_may_press_none(scene: Scene, visitor: 
         assert "needs scope" in answer.text
     assert jobs.job(scene.db, scene.waiting).paused
     assert visitor.get("/query").status_code == 403
+
+
+def test_the_schema_beside_a_question_has_every_view(scene: Scene, visitor: httpx.Client) -> None:
+    log_in(visitor, scene.key)
+    page = visitor.get("/query")
+    assert page.status_code == 200
+    assert set(ROWS) == set(VIEWS)
+    assert all(view in page.text and says in page.text for view, says in ROWS.items())
 
 
 def test_a_logged_out_cookie_is_worth_nothing(scene: Scene, visitor: httpx.Client) -> None:

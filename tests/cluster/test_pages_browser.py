@@ -16,7 +16,7 @@ from cluster import jobs as cluster_jobs
 from db import jobs
 from db.records import JobState
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")]
+pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")
 
 
 @pytest.fixture(scope="module")
