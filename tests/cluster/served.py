@@ -40,6 +40,16 @@ class Served:
         self.http.cookies.clear()  # each request is somebody else's
         return answer
 
+    def end(self, seconds: float = SECONDS) -> None:
+        """Ask it to end, which it does within so many seconds."""
+        self.http.close()
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
     def kill(self) -> None:
         """As `kill -9` does."""
         self.process.kill()
@@ -80,13 +90,7 @@ def serving(database_url: str, uploads: Path, *arguments: str, **settings: str) 
     try:
         yield served
     finally:
-        served.http.close()
-        served.process.terminate()
-        try:
-            served.process.wait(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            served.kill()
-            raise
+        served.end()
 
 
 @dataclass

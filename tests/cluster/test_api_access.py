@@ -250,9 +250,7 @@ def test_beyond_this_machine_only_with_a_key(sqlite_db: Database, tmp_path: Path
         served.url = f"http://127.0.0.1:{served.port}"
         assert served.ask("GET", "/v1/jobs").status_code == 401
     finally:
-        served.http.close()
-        served.process.terminate()
-        served.process.communicate(timeout=30)
+        served.end()
 
 
 def test_a_port_that_is_taken_is_one_sentence(sqlite_db: Database, tmp_path: Path) -> None:

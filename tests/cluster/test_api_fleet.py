@@ -24,9 +24,7 @@ def test_the_server_works_on_what_is_submitted(world: World, tmp_path: Path, dea
         assert children
     finally:
         if death == "SIGTERM":
-            served.http.close()
-            served.process.terminate()
-            served.process.communicate(timeout=90)
+            served.end(seconds=90)
         else:
             served.kill()
     wait_for("the end of the workers", lambda: not [one for one in children if one.is_running()], 60)
