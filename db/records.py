@@ -100,7 +100,9 @@ class TraceArrays:
     margins: npt.NDArray[np.float32]  # [p, n] to the second best probability
     entropies: npt.NDArray[np.float32]  # [p, n] nats
     similarities: npt.NDArray[np.float32]  # [p, n] cosine of the state to the one a layer before
-    controller: npt.NDArray[np.float32]  # [p, 3, n] probabilities of continue, exit, stop; nan without a controller
+    controller: npt.NDArray[
+        np.float32
+    ]  # [p, 3, n] probabilities of continue, exit, stop; nan where no controller is asked
     ranks: npt.NDArray[np.int32]  # [p, n] tokens more likely than the right one; -1 where the head cannot predict it
 
     def __len__(self) -> int:

@@ -34,7 +34,7 @@ class TargetTrace:
     margins: np.ndarray  # [p, n]
     entropies: np.ndarray  # [p, n]
     similarities: np.ndarray  # [p, n]
-    controller: np.ndarray  # [p, 3, n]; nan without one
+    controller: np.ndarray  # [p, 3, n]; nan without one, and at full depth where that is no exit point
     ranks: np.ndarray  # [p, n] int32; -1 where the head cannot predict the target
 
 
@@ -125,7 +125,7 @@ class Tracing:
         self.work.head(parameters=self.heads.parameters(point), states=len(states))
         column = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         column["similarities"] = F.cosine_similarity(states.float(), before.float(), dim=-1)
-        if self.heads.controller is None:
+        if self.heads.controller is None or point not in self.heads.points:  # full depth may be no exit point
             judged = torch.full((3, len(states)), torch.nan)
         else:
             judged = self.heads.judge(point, states).T

@@ -140,7 +140,7 @@ def test_labels_are_made_as_written(reader: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_scores_are_made_again_as_written(reader: Path) -> None:
-    [(language, text)] = blocks("benchmarks.md", "sh")
+    [(language, text)] = [one for one in blocks("benchmarks.md", "sh") if "shortstop rescore" in one[1]]
     run_block(language, text, reader)
 
 

@@ -90,6 +90,18 @@ def test_the_work_of_a_trace_is_a_pass_and_heads_on_target_positions(tiny_engine
     assert [states for _, states in work.heads] == [sum(map(len, TARGETS))] * len(POINTS)
 
 
+@pytest.mark.parametrize("controller", ["sec", "calibrated"])
+def test_nobody_asks_the_controller_behind_the_last_layer_where_no_exit_point_is(
+    controller: str, tiny_engine: Callable[..., Engine]
+) -> None:
+    """Protects traces with exits like the shipped ones, which end before the model does."""
+    engine = tiny_engine("llama", points=(1, 2, 4, 5), controller=controller)
+    for trace in engine.trace(PROMPTS, TARGETS).traces:
+        assert np.isnan(trace.controller[-1]).all()
+        assert np.isfinite(trace.controller[:-1]).all()
+        assert np.isfinite(trace.probabilities).all()
+
+
 @pytest.mark.parametrize(
     "kind", ["llama", "llama wide heads", "gpt2", "qwen2", "qwen3", "codegen", "gpt_bigcode", "starcoder2"]
 )
