@@ -235,6 +235,8 @@ class Worker:
 
     def _with_texts(self, shard: ClaimedShard) -> ClaimedShard:
         """The shard with the texts of its samples, also where the record has none. Raises `Unfit`."""
+        if not shard.pinned.get("withheld"):
+            return shard
         try:
             pinned = Pinned.model_validate(shard.pinned)
             return replace(shard, samples=self._texts.restored(shard.samples, shard.benchmark.content_hash, pinned))
