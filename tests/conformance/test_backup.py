@@ -39,10 +39,11 @@ def test_a_backup_taken_while_a_worker_writes_is_one_moment(
     )
     assert worker.stdout is not None
     worker.stdout.readline()
-    copies = []
+    copies: list[Path] = []
     while worker.poll() is None:
-        copies.append(tmp_path / f"copy{len(copies)}.db")
-        backup(sqlite_db, copies[-1])
+        if jobs.progress(sqlite_db, job_id).shards.get("done", 0) >= 50 * len(copies):
+            copies.append(tmp_path / f"copy{len(copies)}.db")
+            backup(sqlite_db, copies[-1])
     worker.stdout.close()
     assert worker.returncode == 0
     done = []
