@@ -96,7 +96,8 @@ class Trace:
 
 
 def traces_of(db: Database, job_id: int, benchmark: str | None = None) -> list[Trace]:
-    """The traces of a job, one for each benchmark, or that of the one which is named.
+    """The traces of a job, one for each benchmark, or of those that are named: `humaneval-lines` is enough for
+    `humaneval-lines samples=160`.
 
     Raises `Missing`, and `BadInput` where the job is no trace, is not done, or knows no such benchmark.
     """
@@ -108,6 +109,7 @@ def traces_of(db: Database, job_id: int, benchmark: str | None = None) -> list[T
         raise BadInput(f"job {job_id} is {job.state}, and a trace can be asked when it is done; wait, or resume it.")
     pinned = Pinned.model_validate(job.pinned)
     chosen = [run for run in runs if benchmark in (None, run.benchmark)]
+    chosen = chosen or [run for run in runs if run.benchmark.split(" ")[0] == benchmark]
     if not chosen:
         known = ", ".join(repr(run.benchmark) for run in runs)
         raise BadInput(f"job {job_id} has no trace of benchmark {benchmark!r}; name one of {known}.")
