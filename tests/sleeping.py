@@ -73,6 +73,10 @@ class SleepingWorker(Worker):
             raise Unfit(f"model {shard.pinned['model']!r} has other weights than the job was prepared with.")
         if shard.pinned.get("eats") and shard.lease.attempt == 1:
             bytearray(2**55)  # more than any machine has
+        if shard.pinned.get("loses_gpu") and shard.lease.attempt == 1:
+            import torch  # noqa: F401 - where no torch is, no GPU can be lost
+
+            raise RuntimeError("CUDA error: unspecified launch failure\nand pages of advice")
         return _Sleep(shard, proceed)
 
     def gpus(self) -> Sequence[GpuMemory]:
