@@ -1,22 +1,19 @@
 """The service of a server: what `cluster.local` does on a database, asked for over HTTP."""
 
 import json
-import random
 import re
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import httpx
 from pydantic import TypeAdapter
 
+from cluster.asking import LONG, TRIES, Asking, Busy, pause
 from cluster.comparing.model import Comparison
-from cluster.errors import NotAllowed, ServerError
 from cluster.known import Known, KnownPolicy, ShownBenchmark
 from cluster.labels import Item, Judgement, LabelsImported
 from cluster.received import Rows, parsed
@@ -24,7 +21,7 @@ from cluster.reports.model import JobReport
 from cluster.service import JobDetails, Retried, Service
 from cluster.spec import JobSpec, parse_job, read_job
 from cluster.upload import uploaded
-from db.errors import BadInput, Conflict, Missing
+from db.errors import BadInput
 from db.events import Event
 from db.listing import JobSummary, WorkerRow
 from db.records import JobRow, JobState, Progress
@@ -36,36 +33,19 @@ if TYPE_CHECKING:
     from cluster.gates import Gate, Verdict
     from cluster.prepare import Validation
     from cluster.schedules.remote import RemoteSchedules
+    from cluster.status import Status
 
-T = TypeVar("T")
-
-#: tries of a request that may be made again, and the longest pause between two
-_TRIES = 8
-_LONGEST_PAUSE = 8.0
-#: a read that takes longer is given up, a question or a report excepted
-_TIMEOUT = httpx.Timeout(30.0, connect=5.0)
-_LONG = httpx.Timeout(300.0, connect=5.0)
-_AGAIN = {429, 502, 503, 504}
+#: jobs of a page of the list
 _PAGE = 1000
-#: of an archive of answers that fits into memory
-_IN_MEMORY = 1 << 20
-_REFUSALS = {404: Missing, 409: Conflict, 413: BadInput, 415: BadInput, 421: BadInput, 422: BadInput, 400: BadInput}
 
 
-class Client(Service):
+class Client(Asking, Service):
     """A server, and an API key for it.
 
     Requests that change nothing, and submissions, are made again where the line breaks or the server is busy: a
     submission carries a key by which the server knows it. Raises what `Local` raises; `NotAllowed` for a key that may
     not, and `ServerError` for a server that is not there or fails.
     """
-
-    def __init__(self, url: str, key: str | None = None, *, transport: httpx.BaseTransport | None = None) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise BadInput(f"server {url!r} is no URL; write it like https://shortstop.example.org.")
-        headers = {"User-Agent": "shortstop"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self._url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT, transport=transport)
 
     def __enter__(self) -> "Client":
         return self
@@ -96,19 +76,19 @@ class Client(Service):
 
         asked, folder = _read(spec, folder)
         body = uploaded(asked, folder, self.upload).dump()
-        return self._typed(Validation, "POST", "/v1/validate", json=body, again=True, timeout=_LONG)
+        return self._typed(Validation, "POST", "/v1/validate", json=body, again=True, timeout=LONG)
 
     def done_before(self, spec: JobSpec | dict[str, Any] | str | Path, folder: Path | None = None) -> int | None:
         """As `Service.done_before`; spec as in `submit`."""
         asked, folder = _read(spec, folder)
         body = uploaded(asked, folder, self.upload).dump()
-        answer = self._json("POST", "/v1/done-before", json=body, again=True, timeout=_LONG)
+        answer = self._json("POST", "/v1/done-before", json=body, again=True, timeout=LONG)
         return None if answer["job"] is None else int(answer["job"])
 
     def upload(self, archive: bytes) -> str:
         """Upload a zip archive. Returns how specs name it: `upload:ID`, then `/` and a path in it."""
         headers = {"Content-Type": "application/zip"}
-        answer = self._json("POST", "/v1/uploads", content=archive, headers=headers, again=True, timeout=_LONG)
+        answer = self._json("POST", "/v1/uploads", content=archive, headers=headers, again=True, timeout=LONG)
         return str(answer["upload"])
 
     def jobs(
@@ -144,10 +124,23 @@ class Client(Service):
         asked = policy.dump() if hasattr(policy, "dump") else policy
         return str(self._json("POST", f"/v1/jobs/{job_id}/policies", json=asked)["policy"])
 
+    def status(self, job_id: int | None = None) -> "Status":
+        """As `Service.status`."""
+        from cluster.status import Status
+
+        return self._typed(Status, "GET", "/v1/status", params={} if job_id is None else {"job": job_id})
+
+    def events(self, job_id: int, *, follow: bool = False) -> Iterator[Event]:
+        """As `Service.events`; `stream` begins behind an event that is known."""
+        if follow:
+            yield from self.stream(job_id)
+        else:
+            yield from self._typed(list[Event], "GET", f"/v1/jobs/{job_id}/events", params={"format": "json"})
+
     def report(self, job_id: int, *, with_tokens: bool = True) -> JobReport:
         """As `Service.report`."""
         params = {"tokens": with_tokens}
-        return self._typed(JobReport, "GET", f"/v1/jobs/{job_id}/report", params=params, timeout=_LONG)
+        return self._typed(JobReport, "GET", f"/v1/jobs/{job_id}/report", params=params, timeout=LONG)
 
     def compare(
         self,
@@ -162,14 +155,14 @@ class Client(Service):
         """As `Service.compare`."""
         asked = {"a": a, "b": b, "confidence": confidence, "metric": metrics, "level": levels, "without": without}
         params = {name: value for name, value in asked.items() if value is not None}
-        return self._typed(Comparison, "GET", "/v1/compare", params=params, timeout=_LONG)
+        return self._typed(Comparison, "GET", "/v1/compare", params=params, timeout=LONG)
 
     def judge(self, gate: "Gate", a: str, b: str | None = None) -> "Verdict":
         """As `Service.judge`."""
         from cluster.gates import Verdict
 
         body = {"gate": gate.model_dump(mode="json"), "a": a, "b": b}
-        return self._typed(Verdict, "POST", "/v1/gate", json=body, again=True, timeout=_LONG)
+        return self._typed(Verdict, "POST", "/v1/gate", json=body, again=True, timeout=LONG)
 
     @property
     def schedules(self) -> "RemoteSchedules":
@@ -191,7 +184,7 @@ class Client(Service):
     def import_labels(self, job_id: int, judge: str, judgements: Sequence[Judgement]) -> LabelsImported:
         """As `Service.import_labels`."""
         body = {"judge": judge, "labels": [asdict(one) for one in judgements]}
-        return self._typed(LabelsImported, "POST", f"/v1/jobs/{job_id}/labels", json=body, again=True, timeout=_LONG)
+        return self._typed(LabelsImported, "POST", f"/v1/jobs/{job_id}/labels", json=body, again=True, timeout=LONG)
 
     # --- watching ----------------------------------------------------------------------------------------------------
 
@@ -245,11 +238,11 @@ class Client(Service):
                         yield kind, data
                         if deadline is not None and time.monotonic() >= deadline:
                             return
-            except (httpx.TransportError, _Busy) as error:
+            except (httpx.TransportError, Busy) as error:
                 failures += 1
-                if failures >= _TRIES:
+                if failures >= TRIES:
                     raise self._gone(error) from None
-                _pause(failures)
+                pause(failures)
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
@@ -287,23 +280,6 @@ class Client(Service):
         body = {"sql": sql, "timeout_s": timeout_s, "limit": limit, "format": "arrays"}
         return Rows(self._received("POST", "/v1/query", json=body))
 
-    def _received(self, method: str, path: str, **options: Any) -> IO[bytes]:
-        """The whole body of an answer, in a file that is gone when it is closed."""
-
-        def ask() -> IO[bytes]:
-            file: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - closed by who reads it
-            try:
-                with self._answering(method, path, timeout=_LONG, **options) as answer:
-                    for piece in answer.iter_bytes():
-                        file.write(piece)
-            except BaseException:
-                file.close()
-                raise
-            file.seek(0)
-            return file
-
-        return self._tried(ask, again=True)
-
     # --- what is known -----------------------------------------------------------------------------------------------
 
     def models(self) -> list[Known]:
@@ -326,74 +302,9 @@ class Client(Service):
         """The workers that hold a task or asked for one lately."""
         return self._typed(list[WorkerRow], "GET", "/v1/workers")
 
-    # --- requests ----------------------------------------------------------------------------------------------------
-
-    def _typed(self, kind: type[T], method: str, path: str, **options: Any) -> T:
-        return TypeAdapter(kind).validate_python(self._json(method, path, **options))
-
-    def _json(self, method: str, path: str, *, again: bool = False, **options: Any) -> Any:
-        def ask() -> Any:
-            with self._answering(method, path, **options) as answer:
-                content = answer.read()
-                return json.loads(content) if content else None
-
-        return self._tried(ask, again or method == "GET")
-
-    def _tried(self, ask: Callable[[], T], again: bool) -> T:
-        """What `ask` returns, which is called again where it was not done, and where it may be done twice."""
-        for attempt in range(1, _TRIES + 1):
-            try:
-                return ask()
-            except (_Busy, httpx.ConnectError) as error:  # it was not done, it was not sent
-                failure: Exception = error
-            except httpx.TransportError as error:
-                if not again:
-                    raise self._gone(error) from None
-                failure = error
-            if attempt < _TRIES:
-                _pause(attempt)
-        raise self._gone(failure) from None
-
-    @contextmanager
-    def _answering(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
-        """The answer to one request, its body unread."""
-        with self._http.stream(method, path, **options) as answer:
-            self._check(answer)
-            yield answer
-
-    def _check(self, answer: httpx.Response) -> None:
-        """Raises what went wrong, in the server's words."""
-        if answer.is_success:
-            return
-        answer.read()
-        try:
-            detail = str(answer.json()["detail"])
-        except (ValueError, KeyError, TypeError):
-            detail = f"server {self._url!r} answered {answer.status_code}; is it a Shortstop?"
-        if answer.status_code in _AGAIN:
-            raise _Busy(detail)
-        if answer.status_code in (401, 403):
-            raise NotAllowed(f"server {self._url!r}: {detail}")
-        if answer.status_code in _REFUSALS:
-            raise _REFUSALS[answer.status_code](detail)
-        raise ServerError(f"server {self._url!r}: {detail}")
-
-    def _gone(self, error: Exception) -> ServerError:
-        reason = str(error) or type(error).__name__
-        return ServerError(f"server {self._url!r} does not serve ({reason}); see whether it runs, and try again.")
-
-
-class _Busy(Exception):
-    """The server did nothing, and may do it later."""
-
 
 def _read(spec: JobSpec | dict[str, Any] | str | Path, folder: Path | None) -> tuple[JobSpec, Path]:
     """The spec, and what its relative paths start from."""
     if isinstance(spec, str | Path):
         return read_job(spec), folder or Path(spec).absolute().parent
     return parse_job(spec), folder or Path.cwd()
-
-
-def _pause(attempt: int) -> None:
-    """Longer each time, and never in step with others."""
-    time.sleep(min(0.1 * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1))

@@ -1,5 +1,6 @@
 """The service on a database at hand."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,13 @@ if TYPE_CHECKING:
     from cluster.reports.model import JobReport
     from cluster.schedules.service import Schedules
     from cluster.spec import JobSpec
+    from cluster.status import Status, Watcher
+    from db.events import Event
     from db.listing import JobSummary
     from db.queries import Result
+
+#: between two looks for what happens to a job
+FOLLOW_SECONDS = 0.5
 
 
 class Local(Service):
@@ -39,6 +45,7 @@ class Local(Service):
         """db: one that is open already, and is left to its owner. who: the principal of what is done."""
         self._settings, self._db, self._who = settings, db, who
         self._is_mine = db is None
+        self._watcher: Watcher | None = None
 
     def _opened(self, *, create: bool = False) -> Database:
         if self._db is None:
@@ -148,6 +155,25 @@ class Local(Service):
             lease_seconds=self._settings.lease_seconds,
             on_progress=on_progress,
         )
+
+    def status(self, job_id: int | None = None) -> "Status":
+        if self._watcher is None:
+            from cluster.status import Watcher
+
+            self._watcher = Watcher(self._opened())
+        return self._watcher.look(job_id)
+
+    def events(self, job_id: int, *, follow: bool = False) -> "Iterator[Event]":
+        from db import events
+
+        after, is_over = 0, False
+        while not is_over:
+            is_over = self._row(job_id).state.ended or not follow  # looked at first: its last event is then there
+            for event in events.events(self._opened(), job_id, after):
+                after = event.id
+                yield event
+            if not is_over:
+                time.sleep(FOLLOW_SECONDS)
 
     def report(self, job_id: int, *, with_tokens: bool = True) -> "JobReport":
         from cluster.reports.build import build_report

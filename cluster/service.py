@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from cluster.reports.model import JobReport
     from cluster.schedules.service import Schedules
     from cluster.spec import JobSpec
+    from cluster.status import Status
+    from db.events import Event
     from db.listing import JobSummary
 
 
@@ -105,6 +107,14 @@ class Service(ABC):
         self, job_id: int, *, inline: bool = False, on_progress: Callable[[Progress], None] = lambda progress: None
     ) -> JobState:
         """See a job through to its end. Returns the state that it ended in."""
+
+    @abstractmethod
+    def status(self, job_id: int | None = None) -> "Status":
+        """Jobs, workers, nodes, throughput and time left: of one job, or of all that are open."""
+
+    @abstractmethod
+    def events(self, job_id: int, *, follow: bool = False) -> "Iterator[Event]":
+        """What happened to the job, in order; follow: and what happens, until the job has ended."""
 
     @abstractmethod
     def report(self, job_id: int, *, with_tokens: bool = True) -> "JobReport":

@@ -41,6 +41,9 @@ class JobSpec(Spec):
     model: str = Field(min_length=1)
     exits: str | None = None
     device: Device = "auto"
+    device_class: str | None = Field(
+        None, min_length=1, description="only devices of this class do the job; named as reports and doctor name it"
+    )
     dtype: DType = "float32"
     threads: int | None = Field(None, ge=1, description="per worker; this machine's cores over its workers when absent")
     compile: Compile = Field("auto", description="torch.compile: auto where it pays")
@@ -94,6 +97,17 @@ class JobSpec(Spec):
             raise ValueError("exits: a trace needs some, and none are given; name a bundle in the field `exits`.")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _class_says_the_device(cls, data: Any) -> Any:
+        wanted = data.get("device_class") if isinstance(data, dict) else None
+        if not isinstance(wanted, str):
+            return data
+        of, device = device_of(wanted), data.get("device", "auto")
+        if device not in ("auto", of):
+            raise ValueError(f"device is {device!r}, but device_class {wanted!r} is of {of}; leave one of the two out.")
+        return data | {"device": of}
+
     @model_validator(mode="after")
     def _promise_is_of_this(self) -> "JobSpec":
         """Evidence goes with the policy, and the length, that it was found for."""
@@ -126,6 +140,11 @@ class JobSpec(Spec):
             "benchmarks": [asked.model_dump(mode="json", exclude_defaults=True) for asked in self.benchmarks],
             "policies": [policy.dump() for policy in self.policies],
         }
+
+
+def device_of(device_class: str) -> Device:
+    """`cpu` or `cuda`: which a device class is one of (see `engine.device.describe_device_class`)."""
+    return "cpu" if device_class.startswith("cpu ") else "cuda"
 
 
 def parse_job(value: dict[str, Any] | JobSpec) -> JobSpec:

@@ -4,6 +4,7 @@ import re
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from threading import Lock
 
 from db import figures, jobs
 from db.figures import ShardFigures
@@ -83,22 +84,26 @@ class _Course:
 
 
 class Watcher:
-    """Looks at the record again and again: rates need two looks, or a job that began a while ago."""
+    """Looks at the record again and again: rates need two looks, or a job that began a while ago. For any thread."""
 
-    def __init__(self, db: Database, job_id: int | None = None) -> None:
-        """job_id: this job only; all that are open where it is absent. Raises `BadInput` where there is none such."""
+    def __init__(self, db: Database) -> None:
         self.db = db
-        self.job_id = job_id
         self._courses: dict[int, _Course] = {}
-        if job_id is not None:
-            jobs.job(db, job_id)
+        self._looking = Lock()
 
-    def look(self) -> Status:
-        """Raises `Unavailable`."""
-        workers = [one for one in self._workers() if self.job_id is None or one.job == self.job_id]
-        ids = [self.job_id] if self.job_id is not None else figures.open_jobs(self.db)
-        self._courses = {job_id: self._courses.get(job_id, _Course()) for job_id in ids}
-        found = [self._job(job_id, workers) for job_id in ids]
+    def look(self, job_id: int | None = None) -> Status:
+        """job_id: this job only; all that are open where it is absent. Raises `Unavailable`, and `BadInput` where there
+        is none such.
+        """
+        with self._looking:
+            return self._look(job_id)
+
+    def _look(self, job_id: int | None) -> Status:
+        workers = [one for one in self._workers() if job_id is None or one.job == job_id]
+        is_open = figures.open_jobs(self.db)
+        ids = is_open if job_id is None else [job_id]
+        self._courses = {one: course for one, course in self._courses.items() if one in is_open}
+        found = [self._job(one, workers) for one in ids]
         rates = [one.tokens_per_second for one in found if one.tokens_per_second is not None]
         nodes: dict[str, int] = {}
         for one in workers:
@@ -124,7 +129,7 @@ class Watcher:
 
     def _job(self, job_id: int, workers: list[WorkerStatus]) -> JobStatus:
         row, (done, total) = jobs.job(self.db, job_id), jobs.batches(self.db, job_id)
-        course = self._courses[job_id]
+        course = self._courses.setdefault(job_id, _Course())
         if done != course.batches:
             course.batches, course.shards = done, figures.shard_figures(self.db, job_id)
         course.add(time.monotonic(), done, course.shards.tokens)

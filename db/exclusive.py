@@ -54,7 +54,10 @@ class Exclusive:
     def holder(self) -> str:
         """Who has it, as far as is known."""
         if self._file is not None:
-            return self._file.read_text(encoding="utf-8") if self._file.exists() else "another process"
+            try:
+                return self._file.read_text(encoding="utf-8") or "another process"
+            except OSError:  # it lets go just now
+                return "another process"
         holding = text(
             "SELECT a.application_name FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE l.locktype = "
             "'advisory' AND l.objid = :key AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = "

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import BadInput
+from engine.memory import is_out_of_memory
 
 
 def find_device(name: str) -> torch.device:
@@ -39,6 +40,15 @@ def gpu_memory() -> list[tuple[str, int, int]]:
         free, total = torch.cuda.mem_get_info(index)
         found.append((str(torch.cuda.get_device_properties(index).uuid), total - free, total))
     return found
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error means that this process can compute nothing on its GPU any more.
+
+    The GPU fell off its bus, or a kernel failed: CUDA then answers every later call with the same error. Not yet seen
+    on one: torch's words for it are known from its source.
+    """
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
 def _processor() -> str:

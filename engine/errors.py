@@ -5,7 +5,8 @@ EngineError
 │   ├── UnknownName   no such model, policy, head, ...; names the nearest known one
 │   └── WeightsMismatch   exits that were trained for other weights
 ├── NumericalError    the model produced NaN or infinite logits
-└── OutOfMemory       the device has too little memory for a batch
+├── OutOfMemory       the device has too little memory for a batch
+└── DeviceLost        this process can compute nothing on its GPU any more
 """
 
 
@@ -31,3 +32,7 @@ class NumericalError(EngineError):
 
 class OutOfMemory(EngineError):
     """The device has too little memory for a batch; a smaller one may fit."""
+
+
+class DeviceLost(EngineError):
+    """The GPU is gone, or a kernel failed on it: this process can compute nothing there any more, another one may."""

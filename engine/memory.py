@@ -47,7 +47,7 @@ _FLOAT32_BYTES = 4
 _MOST_ROWS = {"cpu": 32, "cuda": 64}
 
 #: how a RuntimeError of torch says that there was no memory; `torch.OutOfMemoryError` says it by its type
-_NO_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "ALLOC_FAILED")
+_NO_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "ALLOC_FAILED", "CUDA error: out of memory")
 
 # --- files in memory -------------------------------------------------------------------------------------------------
 

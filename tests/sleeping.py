@@ -62,6 +62,10 @@ def made(runs: Sequence[RunRow], batch: int, samples: Sequence[SampleRow]) -> Sh
 class SleepingWorker(Worker):
     """Refuses a job that pins another machine's weights, as the real one does; on a bad machine it dies."""
 
+    def _with_texts(self, shard: ClaimedShard) -> ClaimedShard:
+        """As it is: a job that sleeps pins little of what a real one does, and its texts are in the record."""
+        return shard
+
     def evaluation(self, shard: ClaimedShard, proceed: Callable[[], None]) -> Any:
         if os.environ.get("SLEEPING_DEADLY"):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -69,6 +73,10 @@ class SleepingWorker(Worker):
             raise Unfit(f"model {shard.pinned['model']!r} has other weights than the job was prepared with.")
         if shard.pinned.get("eats") and shard.lease.attempt == 1:
             bytearray(2**55)  # more than any machine has
+        if shard.pinned.get("loses_gpu") and shard.lease.attempt == 1:
+            import torch  # noqa: F401 - where no torch is, no GPU can be lost
+
+            raise RuntimeError("CUDA error: unspecified launch failure\nand pages of advice")
         return _Sleep(shard, proceed)
 
     def gpus(self) -> Sequence[GpuMemory]:

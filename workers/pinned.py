@@ -15,6 +15,7 @@ class EngineKey(NamedTuple):
     dtype: str
     threads: int
     compile: str
+    only_on: str | None = None
 
     @classmethod
     def of(cls, pinned: dict[str, Any]) -> "EngineKey":
@@ -37,7 +38,8 @@ class Pinned(Spec):
     head: str | None = None  #: tied, lens, untied
     exit_points: tuple[int, ...] = ()
     device: Device
-    device_class: str
+    device_class: str  #: whose timings count
+    only_on: str | None = None  #: the device class that may do the job; None: any, and those of another are not timed
     dtype: DType
     threads: int  #: per worker
     compile: Compile = "auto"  #: whether torch.compile may be used

@@ -1,18 +1,16 @@
 """A worker: claim a shard, evaluate it, commit it, again. A plain class: the fleet wraps it, `--inline` does not."""
 
-import hashlib
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
-from filelock import FileLock
 
 from db import devices, jobs, queue, results
 from db.errors import LeaseLost, Unavailable
@@ -20,16 +18,16 @@ from db.queue import Lease
 from db.records import RunRow, SampleRow, ShardResults
 from db.results import ClaimedShard
 from db.session import Database
-from engine.errors import BadInput, EngineError, WeightsMismatch
-from engine.loading import cache_folder, resolve_model
+from engine.errors import BadInput, DeviceLost, EngineError
+from engine.loading import cache_folder
 from engine.spec import parse_policy
 from workers.benchmarks.ends import parse_ends
-from workers.bundle import unpack
 from workers.context import at_work
 from workers.evaluate import Evaluation, Run, joined
 from workers.holding import Holding, claim_shard_patiently, patiently
-from workers.pinned import EngineKey, Pinned
+from workers.pinned import Pinned
 from workers.rereading import Texts
+from workers.shelf import EngineShelf
 from workers.tracing import TraceEvaluation
 
 if TYPE_CHECKING:
@@ -108,8 +106,8 @@ class Worker:
         self._moved = time.monotonic()
 
     def work(self, job_id: int) -> None:
-        """Work until the job has ended or `drain` was called. Raises `Unfit`, and `Unavailable` where the database
-        stays away.
+        """Work until the job has ended or `drain` was called. Raises `Unfit`, `DeviceLost`, and `Unavailable` where
+        the database stays away.
         """
         while not self._draining.is_set():
             if self.step(job_id):
@@ -121,7 +119,7 @@ class Worker:
 
     def step(self, job_id: int | Collection[int]) -> bool:
         """Do a shard of these jobs. False where none could be claimed: jobs that ended with a shard of this worker are
-        then finalised. Raises `Unfit`, `Unavailable`.
+        then finalised. Raises `Unfit`, `Unavailable`; `DeviceLost` where no shard can be done by this process any more.
         """
         shard = claim_shard_patiently(self.db, self.name, lease_seconds=self.lease_seconds, job_id=job_id)
         if shard is None:
@@ -161,7 +159,10 @@ class Worker:
             return ()
         from engine.device import gpu_memory
 
-        return [GpuMemory(*one) for one in gpu_memory()]
+        try:
+            return [GpuMemory(*one) for one in gpu_memory()]
+        except RuntimeError:  # it is lost, which the work in hand tells; the pulse has more to say
+            return ()
 
     def _ended(self, job_id: int) -> bool:
         if jobs.finished(self.db, job_id):
@@ -193,7 +194,11 @@ class Worker:
             self._fail(lease, str(error), refund=True)
         except Exception as error:
             log.error("shard failed", worker=self.name, task=lease.task_id, attempt=lease.attempt, exc_info=True)
-            self._fail(lease, str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}")
+            sentence = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+            self._fail(lease, sentence)
+            if _is_device_lost(error):
+                reason = str(error).split("\n", 1)[0]
+                raise DeviceLost(f"the GPU on {gethostname()} does not answer any more ({reason}).") from None
         finally:
             self._lease = self._batch = None
 
@@ -302,6 +307,14 @@ class Worker:
             log.info("shard committed", worker=self.name, task=lease.task_id, batches=len(done), split_at=split_at)
 
 
+def _is_device_lost(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from engine.device import is_lost
+
+    return is_lost(error)
+
+
 def _samples_of(shard: ClaimedShard, batch: int) -> list[SampleRow]:
     size = int(shard.pinned["batch_size"])
     first = (batch - shard.lease.first_batch) * size
@@ -316,73 +329,6 @@ def _runs(shard: ClaimedShard) -> list[Run]:
 
 def _run(row: RunRow, *, done: bool) -> Run:
     return Run(row.id, parse_policy(row.policy_spec), done)
-
-
-class EngineShelf:
-    """The one engine that a worker keeps; another job may need another."""
-
-    def __init__(self, db: Database, cache: Path) -> None:
-        self.db = db
-        self.cache = cache
-        self._key: EngineKey | None = None
-        self._engine: Engine | None = None
-
-    def take(self, pinned: Pinned) -> "Engine":
-        """The engine that a job pins. Raises `BadInput`, `WeightsMismatch`."""
-        key = pinned.engine
-        if self._engine is None or key != self._key:
-            self._engine = None  # two models may not fit into memory
-            self._look_at(pinned)
-            self._engine, self._key = self._load(pinned), key
-        return self._engine
-
-    def _load(self, pinned: Pinned) -> "Engine":
-        from engine.engine import Engine
-
-        exits = None
-        if pinned.exits_hash is not None:
-            exits = unpack(jobs.artifact(self.db, pinned.exits_hash), pinned.exits_hash, self.cache)
-        engine = Engine(
-            pinned.model,
-            exits,
-            device=pinned.device,
-            dtype=pinned.dtype,
-            threads=pinned.threads,
-            compile=pinned.compile,
-        )
-        self._measure(engine)
-        return engine
-
-    def _look_at(self, pinned: Pinned) -> None:
-        """Whether the model is here the one that the job pins, before a weight is loaded. Raises `BadInput`,
-        `WeightsMismatch`.
-        """
-        self.cache.mkdir(parents=True, exist_ok=True)
-        lock = self.cache / f"model-{hashlib.sha256(pinned.model.encode()).hexdigest()[:12]}.lock"
-        # Of the workers of a machine that start together one downloads, converts and hashes; the others find it done.
-        with FileLock(lock):
-            facts = resolve_model(pinned.model)
-        if facts.weights_hash != pinned.weights_hash:
-            raise WeightsMismatch(
-                f"model {pinned.model!r} has weights {facts.weights_hash[:12]}… on {gethostname()}, but the job was "
-                f"prepared with {pinned.weights_hash[:12]}…; bring those back, or submit the job again."
-            )
-        if facts.tokenizer_hash != pinned.tokenizer_hash:
-            raise WeightsMismatch(
-                f"model {pinned.model!r} has another tokenizer on {gethostname()} than the job was prepared with; "
-                "bring that one back, or submit the job again."
-            )
-
-    def _measure(self, engine: "Engine") -> None:
-        """Kernels and machine, once per device class: neither a result nor an ideal time depends on who did a batch."""
-        from engine.cost import Machine
-
-        name, db = engine.device_class, self.db
-        self.cache.mkdir(parents=True, exist_ok=True)
-        # Workers of one machine that start together would disturb each other's measurement.
-        with FileLock(self.cache / "measuring.lock"):
-            engine.kernels = devices.kernel_plan(db, name, engine.matrix_shapes, engine.measure_kernels)
-            engine.machine = Machine(**devices.device_plan(db, name, lambda: asdict(engine.machine)))
 
 
 def finalise(db: Database, job_id: int) -> bool:

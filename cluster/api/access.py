@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 COOKIE = "shortstop_session"
 CSRF_HEADER = "X-CSRF-Token"
+#: what a proxy adds, which stands on this machine and speaks for others
+_OF_PROXIES = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 _SAFE = {"GET", "HEAD", "OPTIONS"}
 
 
@@ -138,7 +140,13 @@ def check_same_site(request: Request) -> None:
 
 
 def _check_on_this_machine(request: Request) -> None:
-    """Raises `Problem` where a browser was led here under another name, or by another site."""
+    """Raises `Problem` where a browser was led here under another name or by another site, or a proxy stands there."""
+    if any(name in request.headers for name in _OF_PROXIES):
+        raise Problem(
+            "misdirected",
+            "Without keys this server answers to this machine only, and the request came through a proxy; make a key "
+            "with `shortstop key create`.",
+        )
     host = request.headers.get("host", "")
     if not is_loopback(re.sub(r":\d*$", "", host)):
         raise Problem("misdirected", f"Without keys this server answers to localhost only, not to {host!a}.")

@@ -25,6 +25,7 @@ from cluster.pages.routes import router as pages
 from cluster.schedules.spec import ScheduleSpec
 from cluster.settings import Settings
 from cluster.spec import JobSpec
+from cluster.status import Watcher
 from db.session import Database
 
 log = structlog.get_logger()
@@ -50,7 +51,7 @@ def make_app(db: Database, settings: Settings, *, is_loopback: bool, with_pages:
     is_loopback: whether it answers to this machine only.
     """
     hub = Hub(db)
-    state = State(db, settings, is_loopback, hub, Rate(settings.requests_per_second), Metrics(db))
+    state = State(db, settings, is_loopback, hub, Rate(settings.requests_per_second), Metrics(db), Watcher(db))
 
     @asynccontextmanager
     async def live(app: FastAPI) -> AsyncIterator[None]:

@@ -20,10 +20,17 @@ from engine.errors import EngineError
 log = structlog.get_logger()
 
 
+#: before a fleet that could not begin, or had to end, is tried again
+AGAIN_SECONDS = 30.0
+
+
 @contextmanager
-def fleet(settings: Settings) -> Iterator[Keeper]:
-    """Keep workers for as long as the context lasts. Where the database has a fleet already, that one works."""
-    keeper = Keeper(Orders.of(settings), f"the server on {socket.gethostname()}, process {os.getpid()}")
+def fleet(settings: Settings, workers: int | None = None) -> Iterator[Keeper]:
+    """Keep workers for as long as the context lasts. Where the database has a fleet already, that one works.
+
+    workers: the most that are alive at once; as many as there are places where it is absent.
+    """
+    keeper = Keeper(Orders.of(settings, workers), f"the server on {socket.gethostname()}, process {os.getpid()}")
     thread = threading.Thread(target=_keep, args=(keeper,), name="fleet")
     thread.start()
     try:
@@ -34,7 +41,11 @@ def fleet(settings: Settings) -> Iterator[Keeper]:
 
 
 def _keep(keeper: Keeper) -> None:
-    try:
-        keeper.run(wait=True, on_wait=lambda holder: log.info("another fleet works on this database", holder=holder))
-    except (EngineError, RecordError, ClusterError) as error:
-        log.error("the server has no workers", reason=str(error))  # it answers nonetheless
+    while not keeper.rest(0):
+        try:
+            keeper.run(
+                wait=True, on_wait=lambda holder: log.info("another fleet works on this database", holder=holder)
+            )
+        except (EngineError, RecordError, ClusterError) as error:  # it answers nonetheless; Ray may come later
+            log.error("the server has no workers", reason=str(error), next_try_seconds=AGAIN_SECONDS)
+            keeper.rest(AGAIN_SECONDS)

@@ -224,7 +224,13 @@ async def report(
     response_class=StreamingResponse,
     responses=described("missing")
     | {
-        200: {"description": "Server-sent events", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: {
+            "description": "Server-sent events; as JSON those that there are",
+            "content": {
+                "text/event-stream": {"schema": {"type": "string"}},
+                "application/json": {"schema": {"type": "array", "items": {"type": "object"}}},
+            },
+        },
         204: {"description": "The job has ended, and nothing happened since that event"},
     },
 )
@@ -234,6 +240,9 @@ async def watch(
     caller: Reader,
     state: Shared,
     last_event_id: Annotated[int | None, Header(ge=0, le=2**63 - 1, description="go on behind this event")] = None,
+    form: Annotated[
+        Literal["stream", "json"], Query(alias="format", description="json: what has happened, and no more")
+    ] = "stream",
 ) -> Response:
     """What happens to a job, as it happens: events `job` with an id, and `progress` without.
 
@@ -241,6 +250,8 @@ async def watch(
     """
     row = await to_thread.run_sync(jobs.job, state.db, job_id)
     after = last_event_id or 0
+    if form == "json":
+        return await told(lambda: events.events(state.db, job_id, after))
     if row.state.ended and last_event_id is not None:
         more = partial(events.events, state.db, job_id, after, 1)
         if not await to_thread.run_sync(more):

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Query, Response
 
 from cluster.api.access import Reader
 from cluster.api.jobs import Shared
@@ -17,6 +17,7 @@ from cluster.known import (
     known_policies,
     shown_benchmark,
 )
+from cluster.status import Status
 from db import listing
 from db.errors import Missing
 from db.listing import WorkerRow
@@ -62,3 +63,13 @@ async def policies(caller: Reader) -> Response:
 async def workers(caller: Reader, state: Shared) -> Response:
     """The workers that hold a task or asked for one lately."""
     return await told(lambda: listing.workers(state.db))
+
+
+@router.get("/v1/status", response_model=Status, responses=described("missing"))
+async def status(
+    caller: Reader,
+    state: Shared,
+    job: Annotated[int | None, Query(ge=1, le=2**63 - 1, description="this job only, ended or not")] = None,
+) -> Response:
+    """Jobs that are open, workers, nodes, throughput, time left."""
+    return await told(lambda: state.watcher.look(job))

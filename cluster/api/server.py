@@ -28,12 +28,14 @@ def serve(
     port: int,
     with_fleet: bool,
     with_pages: bool = True,
+    workers: int | None = None,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve until SIGINT or SIGTERM.
 
-    port: 0 for any that is free; on_ready is told the server's URL once it accepts connections. Raises `BadInput` for
-    an address that cannot be had, and for one beyond this machine while there is no valid key.
+    port: 0 for any that is free. workers: the most of the fleet; as many as there are places when absent. on_ready is
+    told the server's URL once it accepts connections. Raises `BadInput` for an address that cannot be had, and for one
+    beyond this machine while there is no valid key.
     """
     with closing(open_database(settings.database_url)) as db:
         loopback = is_loopback(host)
@@ -53,7 +55,7 @@ def serve(
         )
         with (
             _listening(host, port) as listener,
-            fleet(settings) if with_fleet else nullcontext() as keeper,
+            fleet(settings, workers) if with_fleet else nullcontext() as keeper,
             ticking(settings),
         ):
             if keeper:
@@ -83,8 +85,9 @@ def _listening(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise BadInput(f"host {host!r}: there is no such address ({error.strerror}); give another.") from None
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no name"
+        raise BadInput(f"host {host!r}: there is no such address ({reason}); give another.") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

@@ -15,6 +15,7 @@ from cluster.api.watching import Hub
 from cluster.local import Local
 from cluster.metrics import Metrics
 from cluster.settings import Settings
+from cluster.status import Watcher
 from db.session import Database
 
 #: that read or write a little; more of them would only wait for one another
@@ -37,6 +38,7 @@ class State:
     hub: Hub
     rate: Rate
     metrics: Metrics
+    watcher: Watcher
     together: Together = field(default_factory=Together)
     strangers: Rate = field(default_factory=lambda: Rate(STRANGERS_PER_SECOND))
     questions: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(QUESTIONS))

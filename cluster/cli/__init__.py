@@ -89,6 +89,7 @@ for command in (
     jobs.list_jobs,
     jobs.show,
     status.status,
+    status.logs,
     jobs.report,
     fleet.fleet,
     fleet.work,

@@ -25,7 +25,9 @@ UntilIdle = Annotated[
 ]
 MetricsPort = Annotated[
     int | None,
-    typer.Option("--metrics-port", metavar="PORT", help="Serve Prometheus metrics at 127.0.0.1:PORT/metrics."),
+    typer.Option(
+        "--metrics-port", metavar="PORT", min=0, max=65535, help="Serve Prometheus metrics at 127.0.0.1:PORT/metrics."
+    ),
 ]
 
 

@@ -47,6 +47,7 @@ def serve(
         port=port,
         with_fleet=fleet,
         with_pages=pages,
+        workers=workers,
         on_ready=lambda url: note(f"serving on {url}, end with Ctrl-C"),
     )
 

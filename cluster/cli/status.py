@@ -1,23 +1,25 @@
-"""`shortstop status`: how far the work is, once or for as long as one looks."""
+"""`shortstop status` and `shortstop logs`: how far the work is and what happened, once or for as long as one looks."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli.options import DatabaseUrl, JsonFlag
+from cluster.cli.options import DatabaseUrl, JobId, JsonFlag, ServerUrl
 from cluster.cli.output import to_json
-from cluster.cli.start import opened, start
+from cluster.cli.start import service
 from engine.errors import BadInput
 
 if TYPE_CHECKING:
     from rich.console import Group
 
     from cluster.status import JobStatus, Status, WorkerStatus
+    from db.events import Event
 
 Job = Annotated[int | None, typer.Argument(metavar="[JOB]", min=1, max=2**31 - 1, help="One job; all open if absent.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Look again and again, until JOB has ended or Ctrl-C.")]
@@ -25,30 +27,58 @@ Every = Annotated[
     float | None,
     typer.Option("--every", metavar="SECONDS", help="Between two looks: 2 on a terminal, 10 elsewhere if absent."),
 ]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="And what happens, until the job has ended or Ctrl-C.")]
 Look = Callable[["Status"], None]
 
 
 def status(
-    job: Job = None, watch: Watch = False, every: Every = None, database: DatabaseUrl = None, as_json: JsonFlag = False
+    job: Job = None,
+    watch: Watch = False,
+    every: Every = None,
+    database: DatabaseUrl = None,
+    server: ServerUrl = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Jobs, workers, nodes, throughput and time left."""
-    from cluster.status import Watcher
-
     pause = every if every is not None else 2.0 if sys.stdout.isatty() else 10.0
     if not 0.1 <= pause <= 3600:
         raise BadInput(f"--every {pause:g} is not between 0.1 and 3600 seconds; give one that is.")
-    with opened(start(database), create=False) as db:
-        watcher = Watcher(db, job)
+    with service(database, server=server) as shortstop:
+        now = shortstop.status(job)  # what is wrong is told before there is a table
         try:
             with _shown(watch, as_json) as show:
                 while True:
-                    now = watcher.look()
                     show(now)
                     if not watch or (job is not None and now.jobs[0].ended):
                         return
                     time.sleep(pause)
+                    now = shortstop.status(job)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+
+
+def logs(
+    job: JobId,
+    follow: Follow = False,
+    database: DatabaseUrl = None,
+    server: ServerUrl = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """What happened to a job: when, who did it, what it was; a line each."""
+    with service(database, server=server) as shortstop:
+        try:
+            for event in shortstop.events(job, follow=follow):
+                print(to_json(asdict(event)) if as_json else _event_line(event), flush=True)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+def _event_line(event: "Event") -> str:
+    from cluster.reports.formats import printable
+
+    at = datetime.fromtimestamp(event.at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    detail = " ".join(f"{name}={value}" for name, value in event.detail.items())
+    return printable(f"{at}  {event.what}  {event.who}  {detail}".rstrip())
 
 
 @contextmanager

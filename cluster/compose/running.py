@@ -85,7 +85,9 @@ class Running:
             return
         self._forget()
         if self.process.service.restarts:
-            pause = min(0.5 * 2**self._starts, _LONGEST_PAUSE_SECONDS)
+            if time.monotonic() - self._started_at > _LONGEST_PAUSE_SECONDS:  # it was well
+                self._starts = 1
+            pause = min(0.5 * 2 ** min(self._starts, 10), _LONGEST_PAUSE_SECONDS)
             self._next_start = time.monotonic() + pause
             say(f"{self.name} ended with code {self.code}; it is started again in {pause:.0f} s")
         elif self.code:

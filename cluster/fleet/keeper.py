@@ -96,6 +96,10 @@ class Keeper:
         """Drain the workers and end."""
         self._stopping.set()
 
+    def rest(self, seconds: float) -> bool:
+        """True where `stop` was called meanwhile, or before."""
+        return self._stopping.wait(seconds)
+
     def _take(self, place: Exclusive, wait: bool, on_wait: Callable[[str], None]) -> bool:
         """False where `stop` was called before it was this one's turn."""
         told = False

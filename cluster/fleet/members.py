@@ -67,7 +67,7 @@ class Blame:
         """Count a death of a worker whose node lives. True where its node is avoided from now on."""
         of_need = self._needs.setdefault(member.need, _Losses())
         of_need.deaths += 1
-        of_need.until = time.monotonic() + min(0.25 * 2**of_need.deaths, LONGEST_PAUSE_SECONDS)
+        of_need.until = time.monotonic() + min(0.25 * 2 ** min(of_need.deaths, 10), LONGEST_PAUSE_SECONDS)
         if member.node is None:
             return False
         of_node = self._nodes.setdefault(member.node, _Losses())

@@ -157,8 +157,13 @@ class Placement:
 
 def _reach(address: str) -> None:
     """Ray itself waits for a minute before it says that nobody answers. Raises `BadInput`."""
-    parts = urlsplit(address if "//" in address else f"//{address}")
+    if "://" in address:
+        raise BadInput(
+            f"Ray address {address!r} is one for Ray's clients, who see neither nodes nor their loss; give the head's "
+            "own, like 10.0.0.1:6379, on a machine of the cluster."
+        )
     try:
+        parts = urlsplit(f"//{address}")
         port = parts.port
     except ValueError:
         raise BadInput(f"Ray address {address!r} has no port that could be; write it like 10.0.0.1:6379.") from None

@@ -1,6 +1,5 @@
 """One job: how far it is, what it found, what failed. Only sums and summaries are read, whatever its size."""
 
-import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -22,6 +21,7 @@ from cluster.reports.notes import job_notes
 from cluster.reports.page import charts, facts, provenance
 from cluster.service import JobDetails
 from db import jobs, listing
+from db.figures import clock
 from db.records import JobState
 from db.session import Database
 
@@ -66,7 +66,7 @@ def _page(
         progress=details.progress,
         dead=details.dead,
         benchmarks={run.benchmark_id: run.benchmark for run in details.runs},
-        time_left=time_left(details),
+        time_left=time_left(details, clock(state.db)),
         workers=[worker for worker in listing.workers(state.db) if worker.job_id == job_id],
         actions=_actions(details, caller),
         job_notes=job_notes(report),
@@ -77,13 +77,13 @@ def _page(
     )
 
 
-def time_left(details: JobDetails) -> float | None:
-    """Seconds, if it goes on as it went; None where nobody can tell."""
+def time_left(details: JobDetails, now: float) -> float | None:
+    """Seconds, if it goes on as it went; None where nobody can tell. now: by the database's clock."""
     job, progress = details.job, details.progress
     is_going = job.state is JobState.RUNNING and not job.paused and job.started_at is not None
     if not is_going or not progress.batches_done or progress.batches_done >= progress.batches_total:
         return None
-    spent = max(time.time() - (job.started_at or 0.0), 0.0)
+    spent = max(now - (job.started_at or 0.0), 0.0)
     return spent / progress.batches_done * (progress.batches_total - progress.batches_done)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 from sqlalchemy import insert, text
 
-from db import jobs
+from db import events, jobs
 from db.keys import Scope, create_key
 from db.session import Database, open_database
 from db.tables import job
@@ -153,11 +153,12 @@ def exactly(name: str, value: float, at_most: float | None = None, unit: str = "
 def listeners(served: Served, db: Database, key: str, name: str) -> Iterator[Row]:
     """All listen to one job, to which something happens every so often: when each of them hears of it."""
     job_id = planned_job(db, 8)
+    before = events.events(db, job_id)[-1].id
     arrivals: list[float] = []
     heard = threading.Semaphore(0)
 
     def listen() -> None:
-        headers = {"Authorization": f"Bearer {key}", "Last-Event-ID": "2"}
+        headers = {"Authorization": f"Bearer {key}", "Last-Event-ID": str(before)}
         with httpx.stream("GET", f"{served.url}/v1/jobs/{job_id}/events", headers=headers, timeout=60) as answer:
             for line in answer.iter_lines():
                 if line.startswith("retry"):

@@ -49,6 +49,7 @@ OPERATIONS = {
     ("GET", "/v1/benchmarks"): "read",
     ("GET", "/v1/policies"): "read",
     ("GET", "/v1/workers"): "read",
+    ("GET", "/v1/status"): "read",
     ("GET", "/v1/compare"): "read",
     ("POST", "/v1/gate"): "read",
     ("POST", "/v1/done-before"): "submit",
@@ -219,6 +220,10 @@ def test_without_keys_this_machine_is_let_in_and_no_page_of_another_site(sqlite_
         for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
             answer = served.ask("POST", "/v1/jobs/1/cancel", headers=headers)
             assert (answer.status_code, slug(answer)) == (403, "cross-site"), headers
+        for name in ("Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP"):
+            answer = served.ask("GET", "/v1/jobs", headers={name: "203.0.113.7"})
+            assert (answer.status_code, slug(answer)) == (421, "misdirected"), name
+            assert "came through a proxy" in answer.json()["detail"]
         assert served.ask("POST", "/v1/jobs", content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
         create_key(sqlite_db, "first", ["read"])
         assert served.ask("GET", "/v1/jobs").status_code == 401  # at once, without a restart
@@ -251,6 +256,14 @@ def test_beyond_this_machine_only_with_a_key(sqlite_db: Database, tmp_path: Path
         assert served.ask("GET", "/v1/jobs").status_code == 401
     finally:
         served.end()
+
+
+def test_a_host_that_cannot_be_is_one_sentence(sqlite_db: Database) -> None:
+    create_key(sqlite_db, "first", ["read"])
+    command = [str(Path(sys.executable).parent / "shortstop"), "serve", "--no-fleet", "--database", sqlite_db.url]
+    done = subprocess.run([*command, "--host", "a" * 300], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "there is no such address" in done.stderr
 
 
 def test_a_port_that_is_taken_is_one_sentence(sqlite_db: Database, tmp_path: Path) -> None:

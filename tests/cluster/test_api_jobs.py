@@ -10,13 +10,13 @@ import httpx
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from made import claimed, planned_job
+from made import claimed, planned_job, results_of
 from served import Site
 
 import cluster.jobs
 from cluster.local import Local
 from cluster.settings import load_settings
-from db import events, jobs, queue
+from db import events, figures, jobs, queue, results
 from db.records import JobState
 
 
@@ -149,6 +149,35 @@ def test_dead_tasks_are_retried(site: Site) -> None:
     held = [row for row in site.ask("GET", "/v1/workers", "read").json() if row["worker"] == "lives"]
     assert [(row["job_id"], row["task_id"]) for row in held] == [(job_id, lease.task_id)]
     assert 0 < held[0]["lease_left"] <= 30
+
+
+def test_the_status_is_that_of_the_record(site: Site) -> None:
+    """Who works on what, how fast, of all jobs or of one; two looks at a server are a rate."""
+    job_id = planned_job(site.db, 8)
+    lease = claimed(site.db, "1@north", job_id=job_id)
+    first = site.ask("GET", "/v1/status", "read").json()
+    assert [one["job"] for one in first["jobs"]] == figures.open_jobs(site.db)
+    assert first["nodes"]["north"] == 1
+    results.commit_shard(site.db, lease, results_of(site.db, lease))
+    of_one = site.ask("GET", f"/v1/status?job={job_id}", "read").json()
+    [mine] = of_one["jobs"]
+    assert (mine["batches_done"], mine["batches_total"], of_one["workers"]) == (2, 4, [])
+    assert mine["batches_per_second"] > 0
+    assert site.ask("GET", f"/v1/status?job={site.done}", "read").json()["jobs"][0]["state"] == "done"
+    problem(site.ask("GET", f"/v1/status?job={2**40}", "read"), "missing", 404)
+    problem(site.ask("GET", "/v1/status?job=x", "read"), "bad-input", 422)
+    jobs.cancel_job(site.db, job_id)
+
+
+def test_what_happened_comes_as_one_document_too(site: Site) -> None:
+    job_id = planned_job(site.db, 8)
+    path = f"/v1/jobs/{job_id}/events?format=json"
+    told = site.ask("GET", path, "read")
+    assert told.headers["content-type"] == "application/json"
+    assert [one["what"] for one in told.json()] == ["submitted", "planned"]
+    after = {"Last-Event-ID": str(told.json()[0]["id"])}
+    assert [one["what"] for one in site.ask("GET", path, "read", headers=after).json()] == ["planned"]
+    problem(site.ask("GET", f"/v1/jobs/{job_id}/events?format=xml", "read"), "bad-input", 422)
 
 
 def test_a_policy_is_added_to_a_finished_job(site: Site) -> None:

@@ -63,6 +63,13 @@ SAME = [
     ("query", "select 1 where 1 = 2"),
     ("query", "delete from job"),
     ("query", "selec"),
+    ("status", "DONE"),
+    ("status", "WAITING", "--json"),
+    ("status", 2**31 - 1),
+    ("logs", "DONE"),
+    ("logs", "DONE", "--follow", "--json"),
+    ("logs", "WAITING"),
+    ("logs", 2**31 - 1),
     ("cancel", "DONE"),
     ("pause", "DONE"),
     ("retry", "DONE"),
@@ -154,14 +161,21 @@ def test_options_that_belong_to_the_other_side_are_refused(site: Site, tmp_path:
 
 
 def test_a_server_that_is_not_there_and_keys_that_may_not(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.client._LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("cluster.asking._LONGEST_PAUSE", 0.01)
     done = remote(site, "list", "--server", "http://127.0.0.1:9")
     assert done.exit_code == 1
     assert len(done.stderr.splitlines()) == 1
     assert "127.0.0.1:9" in done.stderr
     denied = remote(site, "list", scope="query")
     assert (denied.exit_code, "scope read" in denied.stderr) == (2, True)
-    assert "is no URL" in remote(site, "list", "--server", "nonsense").stderr
+    for nonsense in ("nonsense", "http://", "http://[", "http://a b", "http://a:99999", "ftp://a", "http://a/\x01"):
+        refused = remote(site, "list", "--server", nonsense)
+        assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1), refused.output
+        assert "is no URL" in refused.stderr
+    for key in ("schlüssel", "a\nb"):
+        with pytest.raises(BadInput, match="characters that no API key has") as caught:
+            Client(site.served.url, key)
+        assert key not in str(caught.value)
     with Client(site.served.url, "wrong") as stranger, pytest.raises(NotAllowed, match="API key"):
         stranger.jobs()
     with Client("http://127.0.0.1:9") as lost, pytest.raises(ServerError, match="does not serve"):
@@ -238,7 +252,7 @@ def test_waiting_and_listening_go_on_when_the_line_breaks(site: Site) -> None:
 
 def test_only_what_may_be_repeated_is(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that is lost: a submission is sent again under its key; what has none, never."""
-    monkeypatch.setattr("cluster.client._LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("cluster.asking._LONGEST_PAUSE", 0.01)
     seen: list[str] = []
 
     class Losing(httpx.HTTPTransport):

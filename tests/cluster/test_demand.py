@@ -109,6 +109,15 @@ def test_the_pause_before_the_next_try_grows_for_that_need_only(monkeypatch: pyt
     assert not blame.waits(member(model="b").need)
 
 
+def test_workers_may_die_for_a_night(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every half a minute. Red where the pause doubles beyond what a float holds."""
+    monkeypatch.setattr(members.time, "monotonic", lambda: 100.0)
+    blame = Blame()
+    for _ in range(1200):
+        blame.died(member())
+    assert blame._needs[member().need].until == 100.0 + members.LONGEST_PAUSE_SECONDS
+
+
 def test_a_node_with_other_weights_is_passed_over_for_that_engine_only() -> None:
     blame = Blame()
     blame.refused(member(), "other weights")

@@ -118,7 +118,11 @@ def test_a_second_fleet_is_refused_or_waits(fleet: subprocess.Popen[str], url: s
 
 @pytest.mark.parametrize(
     ("address", "sentence"),
-    [("127.0.0.1:1", "cannot be reached"), ("127.0.0.1:port", "has no port that could be")],
+    [
+        ("127.0.0.1:1", "cannot be reached"),
+        ("127.0.0.1:port", "has no port that could be"),
+        ("ray://127.0.0.1:10001", "is one for Ray's clients"),
+    ],
 )
 def test_an_address_without_ray_is_one_sentence(
     address: str, sentence: str, url: str, world: World, tmp_path: Path, db: Database

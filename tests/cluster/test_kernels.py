@@ -13,7 +13,7 @@ from db.session import Database
 from engine.engine import Engine
 from engine.kernels import COUNTS
 from workers.pinned import Pinned
-from workers.worker import EngineShelf
+from workers.shelf import EngineShelf
 
 
 def test_a_worker_takes_the_plan_that_the_record_has(

@@ -1,5 +1,6 @@
 """The model of a job on a worker's machine: looked at once for all its workers, and before a weight is loaded."""
 
+import re
 import shutil
 import socket
 import threading
@@ -13,12 +14,15 @@ from tiny_models import random_model, save
 import engine.engine
 import engine.loading
 from cluster import jobs
+from cluster.spec import parse_job
 from db import jobs as record
 from db import queue
 from db.session import Database
+from engine.device import describe_device_class, find_device
 from engine.errors import BadInput, WeightsMismatch
 from workers.pinned import Pinned
-from workers.worker import EngineShelf, Unfit, Worker
+from workers.shelf import EngineShelf
+from workers.worker import Unfit, Worker
 
 
 @pytest.fixture
@@ -92,3 +96,31 @@ def test_of_workers_that_start_together_one_hashes(
     for one in looking:
         one.join()
     assert len(hashed) == 1
+
+
+def test_a_job_for_one_class_of_devices_is_done_by_no_other(
+    world: World, db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before a weight is loaded, its shard given back; on a machine of that class it is done, and timed."""
+    here = describe_device_class(find_device("cpu"), "float32", 1)
+    other = here.replace("cpu ", "cpu other than ")
+    for wanted in (other, here):
+        jobs.submit(db, world.spec(device_class=wanted, device="auto", threads=1, policies=["full"]))
+        jobs.prepare(db, queue.claim(db, "test", kind="prepare"))
+    mine, theirs = (Pinned.model_validate(record.job(db, job_id).pinned) for job_id in (2, 1))
+    assert (mine.device_class, theirs.device_class, theirs.device) == (here, other, "cpu")
+    assert mine.engine != theirs.engine, "a machine that cannot do the one may do the other"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.engine, "load_model", lambda *_: pytest.fail("weights were loaded"))
+        sentence = f"device_class is {other!r}, but {socket.gethostname()} is {here!r}"
+        with pytest.raises(Unfit, match=re.escape(sentence)):
+            Worker(db, "wrong", timed=True, cache=tmp_path / "cache").work(1)
+    assert set(rows(db, "select state, attempt from task where job_id = 1 and kind = 'shard'")) == {("ready", 0)}
+    assert jobs.work(db, 2, inline=True) is record.JobState.DONE
+    assert rows(db, "select distinct device_class, timed from timing") == [(here, 1)]
+
+
+def test_a_class_and_a_device_that_do_not_go_together_are_one_sentence(world: World) -> None:
+    assert world.spec(device_class="NVIDIA H100, float32, torch 2.13", device="auto").device == "cuda"
+    with pytest.raises(BadInput, match="device is 'cpu', but device_class 'NVIDIA H100' is of cuda; leave one of"):
+        parse_job(world.fields(device_class="NVIDIA H100", device="cpu"))

@@ -18,7 +18,7 @@ from db.session import Database
 from engine.errors import BadInput
 from engine.loading import load_tokenizer, resolve_model
 from engine.memory import budget, footprint
-from workers.worker import EngineShelf
+from workers.shelf import EngineShelf
 
 AUTO = {"max_new_tokens": 8, "batch_size": "auto"}
 GIB = 2**30

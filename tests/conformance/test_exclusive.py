@@ -33,6 +33,12 @@ def test_one_has_it_and_the_other_learns_who(first: Exclusive, url: str) -> None
         second.release()
 
 
+def test_who_has_just_let_go_is_not_known(first: Exclusive) -> None:
+    """Between a vain try and the question who it was. Red where a file that is gone is read."""
+    first.release()
+    assert first.holder() == "another process"
+
+
 def hold_until_killed(url: str) -> None:
     """Runs in a process of its own."""
     assert Exclusive(open_database(url), "doomed").take()

@@ -20,7 +20,7 @@ from cluster import status
 from cluster.cli import app
 from cluster.cli.status import _tables
 from cluster.status import Watcher, node_of
-from db import jobs, queue, results
+from db import events, jobs, queue, results
 from db.session import Database
 
 
@@ -181,3 +181,59 @@ def test_on_a_terminal_it_stays_in_place(db: Database) -> None:
     os.close(main)
     assert b"\x1b[" in said
     assert b"2 of 2" in said
+
+
+# --- what happened ---------------------------------------------------------------------------------------------------
+
+
+def logs(db: Database, *arguments: object) -> Any:
+    return CliRunner().invoke(app, ["logs", *(str(argument) for argument in arguments), "--database", db.url])
+
+
+def test_what_happened_is_a_line_each(db: Database) -> None:
+    job_id = planned_job(db, 8)
+    for _ in range(queue.MAX_ATTEMPTS):
+        claimed(db, "a@\x1b[31mnorth")
+        queue.reap(db, dead_workers=["a@\x1b[31mnorth"])
+    told = logs(db, job_id)
+    assert told.exit_code == 0, told.output
+    lines = told.stdout.splitlines()
+    assert len(lines) == len(events.events(db, job_id))
+    assert [line.split("  ")[1] for line in lines[:3]] == ["submitted", "planned", "started"]
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC  submitted  local", lines[0])
+    assert "shard dead  a@�[31mnorth  task=" in lines[-1]
+    found = [json.loads(line) for line in logs(db, job_id, "--json").stdout.splitlines()]
+    assert [one["what"] for one in found] == [event.what for event in events.events(db, job_id)]
+    gone = logs(db, job_id + 1)
+    assert (gone.exit_code, gone.stdout, len(gone.stderr.splitlines())) == (2, "", 1)
+
+
+def test_following_ends_with_the_job_and_tells_its_end(db: Database) -> None:
+    job_id = planned_job(db, 8)
+    followed: list[Any] = []
+    following = threading.Thread(target=lambda: followed.append(logs(db, job_id, "-f")))
+    following.start()
+    jobs.pause_job(db, job_id)
+    jobs.cancel_job(db, job_id)
+    following.join(60)
+    [done] = followed
+    assert done.exit_code == 0, done.output
+    assert [line.split("  ")[1] for line in done.stdout.splitlines()] == ["submitted", "planned", "paused", "cancelled"]
+
+
+def test_looks_at_one_job_and_at_all_share_what_was_seen(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server has one watcher for whoever asks."""
+    job_id = planned_job(db, 40)
+    commit(db, "a")
+    begun(db, 1000)
+    at = 5000.0
+    monkeypatch.setattr(status.time, "monotonic", lambda: at)
+    watcher = Watcher(db)
+    watcher.look(job_id)
+    commit(db, "a")
+    at += 10
+    assert watcher.look().jobs[0].batches_per_second == pytest.approx(0.2)
+    jobs.cancel_job(db, job_id)
+    assert [one.state for one in watcher.look(job_id).jobs] == ["cancelled"]
+    assert watcher.look().jobs == []
+    assert watcher._courses == {}, "a server would remember every job that anybody ever asked for"
