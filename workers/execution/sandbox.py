@@ -1,9 +1,10 @@
 """A program in a sandbox: a process tree with a root, a network and a process table of its own, and limits.
 
 Linux namespaces through `unshare`: no network, no processes but its own, a root in memory with Python read-only and a
-folder that ends with it; no privileges, no environment. What runs is stopped by the processor seconds it took, not by a
-clock, so that a loaded machine changes no result. It holds against completions, not against attackers with a fault of
-the kernel in hand; and a program that wants to look as if it had passed can.
+folder that ends with it; no privileges, no environment, and none of the system calls that take memory which no process
+is seen to hold. What runs is stopped by the processor seconds it took, not by a clock, so that a loaded machine changes
+no result. It holds against completions, not against attackers with a fault of the kernel in hand; and a program that
+wants to look as if it had passed can.
 """
 
 import json
@@ -49,6 +50,7 @@ class Limits:
     seconds: int = 10  #: processor seconds
     memory: int = 2**30  #: bytes
     file: int = 16 * 2**20  #: bytes of one file, and of all files together
+    inodes: int = 4096  #: files and folders
     files: int = 64  #: open at once, in one process
     processes: int = 32  #: at once
 
@@ -97,6 +99,7 @@ def _started(channel: int, limits: Limits) -> "subprocess.Popen[bytes]":
         "python": python,
         "user": secrets.choice(_NOBODIES) if is_root else None,
         "size": limits.file,
+        "inodes": limits.inodes,
         "limits": {
             "RLIMIT_CPU": limits.seconds,
             "RLIMIT_AS": limits.memory,
