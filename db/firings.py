@@ -18,6 +18,7 @@ from db.records import JobState
 from db.schedule_tables import firing, firing_job, schedule
 from db.schedules import (
     COLUMNS,
+    RUN,
     FiringRow,
     FiringState,
     Moment,
@@ -30,9 +31,6 @@ from db.schedules import (
 )
 from db.session import Database
 from db.tables import insert_new, job
-
-#: the role of a firing's own job in `firing_job`; those that confirm a failure have others
-RUN = "run"
 
 _FIRING = [firing.c[name] for name in FiringRow.__dataclass_fields__ if name != "jobs"]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from cluster.schedules import lines
 from cluster.schedules.lines import RunFigures, as_figures, changed, held_against
 from cluster.schedules.spec import parse_schedule
 from db import firings, jobs, schedules
@@ -102,12 +103,39 @@ def test_the_median_of_the_last_n(db: Database) -> None:
     assert low not in {history.held()[0]}
 
 
+def gone(db: Database, *job_ids: int) -> None:
+    with db.write() as connection:
+        connection.execute(job_table.update().where(job_table.c.id.in_(job_ids)).values(state="cancelled"))
+
+
 def test_where_the_jobs_were_pruned(db: Database) -> None:
     history = History(db)
-    job_id = history.night(PASS)
-    with db.write() as connection:
-        connection.execute(job_table.update().where(job_table.c.id == job_id).values(state="cancelled"))
+    gone(db, history.night(PASS))
     assert history.held() == (None, "the jobs before it were pruned")
+    began = history.night(INCONCLUSIVE)  # and says so: the line begins anew with it
+    assert history.held() == (began, "")
+
+
+@pytest.mark.parametrize("baseline", ["last-passed", {"median": 2}])
+def test_a_failure_becomes_nobodys_baseline_however_long_it_lasts(
+    db: Database, baseline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More firings than are read at once: else what failed would pass one day, and its incident be closed."""
+    monkeypatch.setattr(lines, "LOOKED_AT", 3)
+    history = History(db, baseline)
+    passed = history.night(PASS)
+    for _ in range(8):
+        history.night(FAIL, 0.1)
+    assert history.held() == (passed, "")
+    gone(db, passed)
+    assert history.held() == (None, "the jobs before it were pruned")
+
+
+def test_a_line_that_failed_from_its_beginning_has_that(db: Database) -> None:
+    history = History(db)
+    began = history.night(FAIL)
+    history.night(FAIL)
+    assert history.held() == (began, "")
 
 
 def test_a_firing_that_left_no_figures_is_nobodys_baseline(db: Database) -> None:

@@ -372,6 +372,24 @@ def test_a_pinned_baseline_is_not_pruned(db: Database) -> None:
     assert prune(db, 0).jobs == [kept]
 
 
+def test_the_job_of_the_last_firing_that_passed_is_not_pruned(db: Database) -> None:
+    """Or the next firing of a schedule that rarely fires, or long fails, would have nothing to be held against."""
+    row = added(db, overlap="allow")
+    verdicts = (Verdict.PASS, Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE)
+    fired = [firings.trigger(db, row, Wish("x", {}), START + hour * HOUR) for hour in range(len(verdicts))]
+    for one, verdict in zip(fired, verdicts, strict=True):
+        jobs.cancel_job(db, one.jobs["run"])
+        assert firings.settle(db, row, one, verdict, "x", at=START + DAY)
+    before, passed, *after = (one.jobs["run"] for one in fired)
+    assert prune(db, 0).jobs == [before, *after]
+    again = firings.trigger(db, row, Wish("x", {}), START + 2 * DAY)
+    jobs.cancel_job(db, again.jobs["run"])
+    assert firings.settle(db, row, again, Verdict.PASS, "x", at=START + 2 * DAY)
+    assert prune(db, 0).jobs == [passed]
+    schedules.remove(db, row.id)
+    assert prune(db, 0).jobs == [again.jobs["run"]]
+
+
 def test_what_cannot_be_a_baseline(db: Database) -> None:
     job_id = jobs.create_job(db, name="x", spec={})
     with pytest.raises(BadInput, match=f"baseline: job {job_id} is preparing; name one that is done"):
