@@ -216,6 +216,7 @@ def test_a_gate_that_cannot_tell_ends_with_three(scene: Compared, tmp_path: Path
         ("rules: [{metric: es, max_loss: 0.1, benchmark: none}]", "unknown benchmark 'none'"),
         ("confidence: 2\nrules: [{metric: es, max_loss: 0.1}]", "field 'confidence' is 2"),
         ("rules: [{metric: speedup_token, max_loss: 0.1, scale: absolute}]", "scale is 'absolute'"),
+        ("rules: [{metric: errors, min: 0.9}]", "rule for 'errors': fewer are better, so that they have no min"),
     ],
 )
 def test_a_gate_file_that_makes_no_sense_is_refused(
