@@ -23,7 +23,9 @@ HOSTILE = {
         "import os\nwhile True:\n    os.fork()", Ending.FAILED, Ending.SECONDS, Ending.MEMORY
     ),
     "starts a thousand threads": _hostile(
-        "import threading, time\nfor _ in range(1000):\n    threading.Thread(target=time.sleep, args=(9,)).start()"
+        "import threading, time\nfor _ in range(1000):\n    threading.Thread(target=time.sleep, args=(9,)).start()",
+        Ending.FAILED,
+        Ending.IDLE,
     ),
     "takes all memory": _hostile(
         "x = []\nwhile True:\n    x.append(bytearray(10_000_000))", Ending.FAILED, Ending.MEMORY

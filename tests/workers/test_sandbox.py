@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -96,6 +97,20 @@ def test_there_is_no_network():
         exec(reach)
         thread.join(10)
         assert heard == [b"hello"]
+
+
+def test_a_program_ends_with_whoever_watches_it():
+    """After `kill -9` of a scorer a program that sleeps would stay for ever: it takes no processor seconds."""
+    code = "from workers.execution.sandbox import execute\nexecute('import time\\ntime.sleep(1000)')"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2]) as scorer:
+        deadline, tree = time.monotonic() + 60, []
+        while len(tree) < 3:  # unshare, the first of the namespace, the program
+            assert time.monotonic() < deadline, tree
+            tree = psutil.Process(scorer.pid).children(recursive=True)
+            time.sleep(0.05)
+        scorer.kill()
+    _, alive = psutil.wait_procs(tree, timeout=60)
+    assert alive == []
 
 
 def test_a_machine_without_a_sandbox_refuses(monkeypatch):

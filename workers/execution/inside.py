@@ -8,9 +8,11 @@ import ctypes
 import json
 import os
 import resource
+import select
 import signal
 import struct
 import sys
+import threading
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 #: flags of `statvfs` that a remount must repeat, and what they are called in `mount`
@@ -148,6 +150,14 @@ def set_limits(limits: dict[str, int]) -> None:
         resource.setrlimit(getattr(resource, name), (value, value))
 
 
+def end_with_reader(channel: int) -> None:
+    """End, and all here with it, when nobody can hear of it any more: whoever was to end us is dead."""
+    closed = select.poll()
+    closed.register(channel, 0)
+    closed.poll()
+    os._exit(1)
+
+
 def run(python: str, channel: int) -> int:
     """The program's exit status; all that it started ends when this process does."""
     child = os.fork()
@@ -156,6 +166,7 @@ def run(python: str, channel: int) -> int:
         os.set_inheritable(channel, True)
         # the order of sets must not decide whether a completion passes
         os.execve(python, [python, "-s", "-S", "-P", "-B", "-c", RUNNER, str(channel)], {"PYTHONHASHSEED": "0"})
+    threading.Thread(target=end_with_reader, args=(channel,), daemon=True).start()
     while True:
         pid, status = os.wait()
         if pid == child:
