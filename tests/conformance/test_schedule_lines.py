@@ -164,6 +164,17 @@ def test_exits_that_are_asked_for_as_latest_stay_on_their_line(db: Database) -> 
         assert "metric em" not in one  # the gate does not ask for it
 
 
+def test_a_line_is_told_by_what_a_job_pins(db: Database) -> None:
+    """Its samples, its device class, its exits, the versions of the gate's metrics; nothing else of it."""
+    history = History(db)
+    pinned = {"benchmarks": {"lines": "b1"}, "device_class": "cpu", "metrics": {"es": "es@1"}, "exits_hash": "e1"}
+    line = lines._line(history.spec, pinned, "lines")
+    assert line == LINE
+    for change in ({"benchmarks": {"lines": "b2"}}, {"device_class": "gpu"}, {"metrics": {"es": "es@2"}}):
+        assert lines._line(history.spec, pinned | change, "lines") != line
+    assert lines._line(history.spec, pinned | {"weights_hash": "w2", "git_revision": "r2"}, "lines") == line
+
+
 def test_what_changed() -> None:
     before, after = {"model": "a", "exits": "x", "torch": 1}, {"model": "b", "torch": 1, "device": "gpu"}
     assert changed(before, after) == [

@@ -42,6 +42,12 @@ def test_a_program_passes_where_it_runs_to_its_end():
         assert execute(program) is Ending.FAILED
 
 
+def test_a_program_that_has_no_room_for_itself_fails():
+    """An imported completion may be as long as it likes; that refuses the sandbox to nobody else."""
+    assert execute("#" * (LIMITS.file + 1), LIMITS) is Ending.FAILED
+    assert execute("#" * (LIMITS.file - 2**16), LIMITS) is Ending.PASSED
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_completions_are_contained(name, monkeypatch):
     """Each ends as it must, within its limits, and the next one runs as if nothing had been."""

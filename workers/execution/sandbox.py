@@ -57,6 +57,9 @@ class Limits:
 
 def execute(program: str, limits: Limits = Limits()) -> Ending:
     """Run a Python program in a sandbox of its own. Raises `BadInput` where the sandbox cannot be had."""
+    source = program.encode()
+    if len(source) > limits.file:
+        return Ending.FAILED  # its folder has no room for it
     reading, writing = os.pipe()
     try:
         process = _started(writing, limits)
@@ -69,7 +72,7 @@ def execute(program: str, limits: Limits = Limits()) -> Ending:
         try:
             assert process.stdin is not None
             assert process.stderr is not None
-            _hand_over(process, program)
+            _hand_over(process, source)
             stopped = _watched(process, limits)
         finally:
             _end(process)
@@ -140,10 +143,10 @@ def _needed(python: str) -> list[str]:
     return [path for path in [*system, *own] if os.path.lexists(path)]
 
 
-def _hand_over(process: "subprocess.Popen[bytes]", program: str) -> None:
+def _hand_over(process: "subprocess.Popen[bytes]", source: bytes) -> None:
     assert process.stdin is not None
     try:
-        process.stdin.write(program.encode())
+        process.stdin.write(source)
         process.stdin.close()
     except BrokenPipeError:  # it ended before it read: what it said tells why
         pass
