@@ -84,6 +84,13 @@ HOSTILE = {
         "import os\nnames = set(os.environ) - {'PYTHONHASHSEED', 'LC_CTYPE'}\n"
         "assert names or os.path.exists('/proc/1/environ')"
     ),
+    "looks into the process that started it": _hostile(
+        "import ctypes, os, platform\nlibc, to = ctypes.CDLL(None), (ctypes.c_char * 8)()\n"
+        "here = (ctypes.c_ulong * 2)(ctypes.addressof(to), 8)\n"
+        "number = {'x86_64': 310, 'aarch64': 270}[platform.machine()]\n"
+        "mine = libc.syscall(number, os.getpid(), here, 1, here, 1, 0)\n"
+        "assert mine >= 0 or libc.ptrace(16, os.getppid(), None, None) == 0"
+    ),
     "reads other people's files": _hostile("open('/etc/passwd').read()"),
     "calls somebody": _hostile("import socket\nsocket.create_connection(('127.0.0.1', 80), 2)"),
     "asks a name server": _hostile("import socket\nsocket.getaddrinfo('example.org', 80)"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,22 @@ def test_the_index_is_that_of_the_file_as_it_is(tmp_path):
     assert [one.prompt for one in load({"jsonl": file, "records": [3, 9]}).samples] == ["p3"]
     write(tmp_path / "x.jsonl", *[{"prompt": f"longer{i}", "reference": "r"} for i in range(5)])
     assert [one.prompt for one in load({"jsonl": file, "records": [3, 9]}).samples] == ["longer3", "longer4"]
+
+
+def test_a_change_in_the_middle_of_a_file_is_seen(tmp_path):
+    """Of the same size and with the same bytes at both ends: all that is read of a file whose index is kept."""
+    file = tmp_path / "x.jsonl"
+    lines = [json.dumps({"prompt": f"p{i:04}", "reference": "r"}) for i in range(400)]
+    file.write_text("\n".join(lines))
+    before = file.stat()
+    assert [one.prompt for one in load({"jsonl": str(file), "records": [200, 202]}).samples] == ["p0200", "p0201"]
+    longer = len(lines[200]) + 1 + len(lines[201]) - len(lines[200])
+    one = json.dumps({"prompt": "p0200" + "x" * longer, "reference": "r"})
+    file.write_text("\n".join([*lines[:200], one, *lines[202:]]))
+    assert file.stat().st_size == before.st_size
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    found = [one.prompt[:5] for one in load({"jsonl": str(file), "records": [199, 203]}).samples]
+    assert found == ["p0199", "p0200", "p0202", "p0203"]
 
 
 @pytest.mark.parametrize("piece", [1, 2, 7, 64])

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -81,6 +81,23 @@ def test_the_environment_is_empty(monkeypatch):
     assert execute("import os\nassert set(os.environ) <= {'PYTHONHASHSEED', 'LC_CTYPE'}, os.environ") is Ending.PASSED
     assert execute("import os\nassert not os.path.exists('/proc/1')") is Ending.PASSED
     assert execute("import os\nassert os.getuid() != 0 or not os.access('/usr', os.W_OK)") is Ending.PASSED
+
+
+def test_no_process_of_it_has_our_environment(monkeypatch):
+    """Nor has what stands around the program, whose memory somebody may find a way to."""
+    monkeypatch.setenv("SHORTSTOP_SECRET", "known")
+    monkeypatch.setattr(sandbox, "_IDLE_SECONDS", 1.0)
+    ours, seen = psutil.Process(), []
+    with ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(execute, "import time\ntime.sleep(1000)")
+        while not ended.done():
+            for one in ours.children(recursive=True):
+                with suppress(psutil.Error):
+                    if one.cmdline() != ours.cmdline():  # until it is what it is to be, it is a copy of us
+                        seen.append(one.environ())
+            time.sleep(0.05)
+    assert len(seen) > 3
+    assert not any("SHORTSTOP_SECRET" in environment for environment in seen)
 
 
 def test_there_is_no_network():

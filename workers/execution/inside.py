@@ -19,17 +19,19 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 
 KEPT = {1: 1, 2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 CAPABILITIES_VERSION = 0x20080522
-#: system calls that hold memory, or have the kernel work, where no process is seen to: by machine the code that seccomp
-#: tells it by, and their numbers
+#: system calls that hold memory, or have the kernel work, where no process is seen to, and those that look into other
+#: processes: by machine the code that seccomp tells it by, and their numbers
 REFUSED = {
     "x86_64": (
         0xC000003E,
         {"shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240, "add_key": 248, "request_key": 249, "keyctl": 250}
+        | {"ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311}
         | {"memfd_create": 319, "bpf": 321, "userfaultfd": 323, "io_uring_setup": 425, "memfd_secret": 447},
     ),
     "aarch64": (
         0xC00000B7,
         {"shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180, "add_key": 217, "request_key": 218, "keyctl": 219}
+        | {"ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271}
         | {"memfd_create": 279, "bpf": 280, "userfaultfd": 282, "io_uring_setup": 425, "memfd_secret": 447},
     ),
 }
