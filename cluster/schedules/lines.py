@@ -18,6 +18,7 @@ from db.session import Database
 
 #: firings that are read at once
 LOOKED_AT = 200
+_SOUND = (Verdict.PASS, Verdict.INCONCLUSIVE)
 #: of a job's pinned facts, what the history shows when it changes
 _FACTS = (
     "model",
@@ -117,7 +118,7 @@ def held_against(
 
 @dataclass
 class _Line:
-    """The firings before a run that are on its line, newest first, as far back as its baseline may lie."""
+    """The firings before a run that are on its line, newest first, as far back as they were read."""
 
     run: RunFigures
     firings: list[tuple[FiringRow, dict[str, Any]]] = field(default_factory=list)
@@ -141,14 +142,16 @@ class _Line:
 def _read_lines(
     db: Database, row: ScheduleRow, now: FiringRow, runs: Sequence[RunFigures], rule: Baseline
 ) -> list[_Line]:
-    """The history is read until every line has its baseline: a failure that lasts must not become one."""
+    """The newest firings; where they do not do, older ones that did not fail, and then such as passed: a failure that
+    lasts must not become a baseline.
+    """
     lines, before = [_Line(run) for run in runs], now.fire_at
-    while not all(line.is_enough(rule) for line in lines):
-        page = firings(db, row.id, before=before, limit=LOOKED_AT, judged=True)
+    for verdicts in (None, _SOUND, (Verdict.PASS,)):
+        page = firings(db, row.id, before=before, limit=LOOKED_AT, judged=True, verdicts=verdicts)
         for one in page:
             for line in lines:
                 line.read(one)
-        if len(page) < LOOKED_AT:
+        if len(page) < LOOKED_AT or all(line.is_enough(rule) for line in lines):
             break
         before = page[-1].fire_at
     return lines
@@ -181,7 +184,7 @@ def _last_passed(kept: list[tuple[FiringRow, dict[str, Any]]]) -> tuple[FiringRo
 
 
 def _is_sound(one: FiringRow) -> bool:
-    return one.verdict is not Verdict.FAIL
+    return one.verdict in _SOUND
 
 
 def _middle(sound: list[tuple[FiringRow, dict[str, Any]]], metric: str) -> tuple[FiringRow, dict[str, Any]]:

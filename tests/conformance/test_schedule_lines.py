@@ -131,6 +131,17 @@ def test_a_failure_becomes_nobodys_baseline_however_long_it_lasts(
     assert history.held() == (None, "the jobs before it were pruned")
 
 
+def test_the_last_that_passed_is_found_behind_many_that_say_nothing(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "LOOKED_AT", 3)
+    history = History(db)
+    passed = history.night(PASS)
+    for verdict in (INCONCLUSIVE, FAIL) * 6:
+        history.night(verdict)
+    assert history.held() == (passed, "")
+
+
 def test_a_line_that_failed_from_its_beginning_has_that(db: Database) -> None:
     history = History(db)
     began = history.night(FAIL)
