@@ -55,6 +55,8 @@ class Rule(Spec):
     def _one_of_two(self) -> "Rule":
         if (self.max_loss is None) == (self.min is None):
             raise ValueError(f"rule for {self.metric!r}: give one of max_loss and min, like max_loss: 0.02.")
+        if self.min is not None and self.metric == ERRORS:
+            raise ValueError("rule for 'errors': fewer are better, so that they have no min; give max_loss.")
         if self.max_loss is not None and self.metric in SPEEDS and self.scale == "absolute":
             raise ValueError(
                 f"rule for {self.metric!r}: scale is 'absolute', but a speed changes by a share; leave it out."

@@ -5,7 +5,7 @@ the job. Of several processes one moves it; the others find it moved. `UNIQUE (s
 guard. Times come from the caller's clock (`db.schedules.database_clock`, or a test's own).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from db.records import JobState
 from db.schedule_tables import firing, firing_job, schedule
 from db.schedules import (
     COLUMNS,
+    RUN,
     FiringRow,
     FiringState,
     Moment,
@@ -30,9 +31,6 @@ from db.schedules import (
 )
 from db.session import Database
 from db.tables import insert_new, job
-
-#: the role of a firing's own job in `firing_job`; those that confirm a failure have others
-RUN = "run"
 
 _FIRING = [firing.c[name] for name in FiringRow.__dataclass_fields__ if name != "jobs"]
 
@@ -277,14 +275,24 @@ def _is_unjudged(connection: Connection, row: ScheduleRow, one: FiringRow) -> bo
 
 
 def firings(
-    db: Database, schedule_id: int, *, before: float | None = None, limit: int = 50, judged: bool = False
+    db: Database,
+    schedule_id: int,
+    *,
+    before: float | None = None,
+    limit: int = 50,
+    judged: bool = False,
+    verdicts: Collection[Verdict] | None = None,
 ) -> list[FiringRow]:
-    """Newest first. before: only those that were to fire earlier; judged: only those that left figures."""
+    """Newest first. before: only those that were to fire earlier; judged: only those that left figures; verdicts: only
+    those that came to one of these.
+    """
     chosen = select(*_FIRING).where(firing.c.schedule_id == schedule_id)
     if before is not None:
         chosen = chosen.where(firing.c.fire_at < before)
     if judged:
         chosen = chosen.where(firing.c.settled_at.is_not(None), firing.c.state == FiringState.SUBMITTED)
+    if verdicts is not None:
+        chosen = chosen.where(firing.c.verdict.in_(verdicts))
     with db.read() as connection:
         rows = connection.execute(chosen.order_by(firing.c.fire_at.desc()).limit(limit)).all()
         return _with_jobs(connection, rows)

@@ -17,6 +17,7 @@ from sqlalchemy import (
     and_,
     delete,
     event,
+    exists,
     func,
     literal,
     make_url,
@@ -34,7 +35,8 @@ from db.events import What
 from db.partial import PRUNED
 from db.queue import close_tasks
 from db.records import JobState, TaskState
-from db.schedule_tables import schedule
+from db.schedule_tables import firing, firing_job, schedule
+from db.schedules import RUN
 from db.session import Database
 from db.tables import (
     artifact,
@@ -126,14 +128,24 @@ def planned(db: Database, older_than_s: float) -> Pruned:
 def _old(older_than_s: float) -> ColumnElement[bool]:
     """Ended that long ago; a job that came from elsewhere was imported that long ago, too.
 
-    What a schedule is held against stays.
+    What a schedule is held against stays: the job that it names, and that of its last firing that passed.
     """
     moment = now() - older_than_s
     is_baseline = select(schedule.c.id).where(schedule.c.baseline_job == job.c.id).exists()
     of_job = (job_event.c.job_id == job.c.id, job_event.c.what == What.IMPORTED)
     lately = select(job_event.c.id).where(*of_job, job_event.c.at >= moment).exists()
-    is_old = or_(and_(job.c.finished_at < moment, ~lately), job.c.error == PRUNED)
-    return job.c.state.in_(_ENDED) & is_old & ~is_baseline
+    is_old = and_(job.c.finished_at < moment, ~lately, ~is_baseline, ~_passed_last())
+    return job.c.state.in_(_ENDED) & or_(is_old, job.c.error == PRUNED)
+
+
+def _passed_last() -> ColumnElement[bool]:
+    """Whether the job is that of a schedule's last firing that passed."""
+    later = firing.alias()
+    newer = exists().where(
+        later.c.schedule_id == firing.c.schedule_id, later.c.verdict == "pass", later.c.fire_at > firing.c.fire_at
+    )
+    of_job = (firing_job.c.job_id == job.c.id, firing_job.c.role == RUN, firing.c.id == firing_job.c.firing_id)
+    return exists().where(*of_job, firing.c.verdict == "pass", ~newer)
 
 
 def _condemn(db: Database, job_id: int, which: ColumnElement[bool]) -> bool:

@@ -17,6 +17,9 @@ from db.tables import insert_new, job
 
 Clock = Callable[[], float]
 
+#: the role of a firing's own job in `firing_job`; those that confirm a failure have others
+RUN = "run"
+
 
 class Overlap(StrEnum):
     """What becomes of a firing while an earlier one of the schedule has not ended."""

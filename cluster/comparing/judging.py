@@ -40,16 +40,17 @@ def _applied(rule: Rule, comparison: Comparison) -> list[_Applied]:
         if wanted is not None and wanted not in names:
             raise BadInput(f"gate: rule for {rule.metric!r}: {unknown(field, wanted, sorted(set(names)))}")
     pairs = [one for one in pairs if rule.benchmark in (None, one.benchmark) and rule.policy in (None, one.policy_b)]
-    found = [_Applied(rule, pair, one) for pair in pairs for one in pair.difference(rule.metric)]
+    found = [_Applied(rule, pair, one) for pair in pairs for one in _differences(rule.metric, pair)]
     if not found:
         known = sorted({one.metric for pair in pairs for one in pair.differences})
-        if rule.metric in SPEEDS:
-            raise BadInput(
-                f"gate: rule for {rule.metric!r}: no batch was timed on the same device class under both; run both "
-                "on one kind of machine, with workers that are alone on it."
-            )
         raise BadInput(f"gate: {unknown('metric', rule.metric, known)}")
     return found
+
+
+def _differences(metric: str, pair: PairComparison) -> list[Difference]:
+    """A speed that was not measured is one of nothing, so that the other rules are judged all the same."""
+    found = pair.difference(metric)
+    return found or ([Difference(metric=metric, kind="speed")] if metric in SPEEDS else [])
 
 
 def _p_worse(one: _Applied) -> float:
@@ -125,6 +126,11 @@ def _loss_outcome(
 
 
 def _no_interval(loss: Estimate, difference: Difference) -> str:
+    if difference.kind == "speed" and not difference.units:
+        return (
+            "No batch was timed on the same device class under both; run both on one kind of machine, with batches of "
+            "one size and workers that are alone on it."
+        )
     if difference.groups < FEWEST_GROUPS:
         return f"Samples from {difference.groups} source groups are too few; at least {FEWEST_GROUPS} are needed."
     if loss.value is None:

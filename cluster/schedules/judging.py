@@ -21,9 +21,8 @@ from cluster.schedules.spec import ScheduleSpec, parse_schedule
 from cluster.settings import load_settings
 from db import firings, jobs
 from db.errors import Missing, RecordError
-from db.firings import RUN
 from db.records import JobRow, JobState
-from db.schedules import Clock, FiringRow, ScheduleRow, Verdict
+from db.schedules import RUN, Clock, FiringRow, ScheduleRow, Verdict
 from db.session import Database
 from engine.errors import BadInput
 

@@ -16,8 +16,9 @@ from db.records import JobState
 from db.schedules import FiringRow, ScheduleRow, Verdict
 from db.session import Database
 
-#: firings that are looked through for a baseline
+#: firings that are read at once
 LOOKED_AT = 200
+_SOUND = (Verdict.PASS, Verdict.INCONCLUSIVE)
 #: of a job's pinned facts, what the history shows when it changes
 _FACTS = (
     "model",
@@ -108,11 +109,52 @@ def held_against(
     """The baseline of each run, by the schedule's rule."""
     if spec.baseline.job is not None:
         return [_pinned(db, spec.baseline.job, run) for run in runs]
-    before = [one for one in firings(db, row.id, before=now.fire_at, limit=LOOKED_AT, judged=True) if one.figures]
+    lines = _read_lines(db, row, now, runs, spec.baseline)
     metric = spec.gate.rules[0].metric if spec.gate else ""
-    kept = events.marks(db, [one.jobs["run"] for one in before])
-    alive = {one.id for one in before if kept.get(one.jobs["run"], (None, 0))[0] is JobState.DONE}
-    return [_of_history(before, alive, run, spec.baseline, metric) for run in runs]
+    jobs_of = {one.jobs["run"] for line in lines for one, _ in line.firings}
+    alive = {id for id, (state, _) in events.marks(db, jobs_of).items() if state is JobState.DONE}
+    return [_of_history(line, alive, spec.baseline, metric) for line in lines]
+
+
+@dataclass
+class _Line:
+    """The firings before a run that are on its line, newest first, as far back as they were read."""
+
+    run: RunFigures
+    firings: list[tuple[FiringRow, dict[str, Any]]] = field(default_factory=list)
+    newest: dict[str, Any] | None = None  #: of this benchmark and policy, on whatever line
+
+    def read(self, one: FiringRow) -> None:
+        """Take in the next older firing."""
+        for other in one.figures:
+            if (other["benchmark"], other["policy"]) == (self.run.benchmark, self.run.policy):
+                self.newest = self.newest or other
+                if other["line"] == self.run.line:
+                    self.firings.append((one, other))
+
+    def is_enough(self, rule: Baseline) -> bool:
+        """Whether nothing older can be the baseline."""
+        if rule.median:
+            return sum(_is_sound(one) for one, _ in self.firings) >= rule.median
+        return any(one.verdict is Verdict.PASS for one, _ in self.firings)
+
+
+def _read_lines(
+    db: Database, row: ScheduleRow, now: FiringRow, runs: Sequence[RunFigures], rule: Baseline
+) -> list[_Line]:
+    """The newest firings; where they do not do, older ones that did not fail, and then such as passed: a failure that
+    lasts must not become a baseline.
+    """
+    lines, before = [_Line(run) for run in runs], now.fire_at
+    for verdicts in (None, _SOUND, (Verdict.PASS,)):
+        page = firings(db, row.id, before=before, limit=LOOKED_AT, judged=True, verdicts=verdicts)
+        for one in page:
+            for line in lines:
+                line.read(one)
+        if len(page) < LOOKED_AT or all(line.is_enough(rule) for line in lines):
+            break
+        before = page[-1].fire_at
+    return lines
 
 
 def _pinned(db: Database, job_id: int, run: RunFigures) -> Held:
@@ -122,37 +164,31 @@ def _pinned(db: Database, job_id: int, run: RunFigures) -> Held:
     return Held(run.run_id, same[0].id, job_id, "")
 
 
-def _of_history(before: list[FiringRow], alive: set[int], run: RunFigures, rule: Baseline, metric: str) -> Held:
-    """before: newest first."""
-    line: list[tuple[FiringRow, dict[str, Any]]] = []
-    newest: dict[str, Any] | None = None
-    for one in before:
-        for other in one.figures:
-            if (other["benchmark"], other["policy"]) != (run.benchmark, run.policy):
-                continue
-            newest = newest or other
-            if other["line"] == run.line:
-                line.append((one, other))
-    if not line:
-        return Held(run.run_id, None, None, _why_new(newest, run))
-    kept = [(one, other) for one, other in line if one.id in alive]
+def _of_history(line: _Line, alive: set[int], rule: Baseline, metric: str) -> Held:
+    """alive: jobs that were not pruned."""
+    if not line.firings:
+        return Held(line.run.run_id, None, None, _why_new(line.newest, line.run))
+    # what failed is nobody's baseline, or a loss that stays would become the norm; only where all have failed from the
+    # beginning there is nothing but that beginning
+    able = [pair for pair in line.firings if _is_sound(pair[0])] or line.firings[-1:]
+    kept = [pair for pair in able if pair[0].jobs["run"] in alive]
     if not kept:
-        return Held(run.run_id, None, None, "the jobs before it were pruned")
-    one, other = _median(kept, rule.median, metric) if rule.median else _last_passed(kept)
-    return Held(run.run_id, other["run_id"], one.jobs["run"], "")
+        return Held(line.run.run_id, None, None, "the jobs before it were pruned")
+    one, other = _middle(kept[: rule.median], metric) if rule.median else _last_passed(kept)
+    return Held(line.run.run_id, other["run_id"], one.jobs["run"], "")
 
 
-def _last_passed(line: list[tuple[FiringRow, dict[str, Any]]]) -> tuple[FiringRow, dict[str, Any]]:
-    """The one that began the line where none has passed yet."""
-    return next((pair for pair in line if pair[0].verdict is Verdict.PASS), line[-1])
+def _last_passed(kept: list[tuple[FiringRow, dict[str, Any]]]) -> tuple[FiringRow, dict[str, Any]]:
+    """The oldest there is where none has passed yet."""
+    return next((pair for pair in kept if pair[0].verdict is Verdict.PASS), kept[-1])
 
 
-def _median(line: list[tuple[FiringRow, dict[str, Any]]], n: int, metric: str) -> tuple[FiringRow, dict[str, Any]]:
-    """Of the last n the one in the middle by the gate's first metric: a run, so that samples stay paired.
+def _is_sound(one: FiringRow) -> bool:
+    return one.verdict in _SOUND
 
-    Failures are left out, or a loss that stays would become the norm.
-    """
-    sound = [pair for pair in line if pair[0].verdict is not Verdict.FAIL][:n] or line[:1]
+
+def _middle(sound: list[tuple[FiringRow, dict[str, Any]]], metric: str) -> tuple[FiringRow, dict[str, Any]]:
+    """The one in the middle by the gate's first metric: a run, so that samples stay paired."""
     known = [pair for pair in sound if _value(pair[1], metric) is not None] or sound
     ranked = sorted(known, key=lambda pair: (_value(pair[1], metric) or 0.0, pair[0].fire_at))
     return ranked[(len(ranked) - 1) // 2]

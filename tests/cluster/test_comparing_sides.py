@@ -1,6 +1,10 @@
 """compare and gate on real jobs of a tiny model: what is found, what is refused, what is asked again."""
 
 import json
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,10 +17,17 @@ from typer.testing import CliRunner, Result
 
 from cluster.cli import app
 from cluster.comparing.build import compare
+from cluster.comparing.confirming import again, confirm, settle
 from cluster.comparing.model import Comparison
 from cluster.comparing.sides import parse_side
+from cluster.gates import Outcome, Verdict, parse_gate
+from cluster.local import Local
+from cluster.service import Service
+from cluster.settings import load_settings
 from db import jobs, noise
+from db.records import JobState
 from db.session import Database, open_database
+from db.tables import job as job_table
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +201,58 @@ def test_fresh_samples_hold_none_that_were_used(scene: Compared) -> None:
     assert {one.kind for one in nothing.differences} == {"quality"}
 
 
+@contextmanager
+def failed(scene: Compared, folder: Path, job_id: int, column: str, change: Any) -> Iterator[tuple[Service, Verdict]]:
+    """A failure, on a copy of the record in which one job's spec, or what it pins, is another."""
+    copied = folder / "record.db"
+    with (
+        closing(sqlite3.connect(scene.url.removeprefix("sqlite:///"))) as whole,
+        closing(sqlite3.connect(copied)) as copy,
+    ):
+        whole.backup(copy)
+    with closing(open_database(f"sqlite:///{copied}")) as db:
+        value = change(getattr(jobs.job(db, job_id), column))
+        with db.write() as connection:
+            connection.execute(job_table.update().where(job_table.c.id == job_id).values({column: value}))
+        service = Local(load_settings(), db)
+        verdict = service.judge(GATE, str(scene.good), str(scene.worse))
+        assert len(verdict.failed) == 1
+        yield service, verdict
+
+
+GATE = parse_gate({"rules": [{"metric": "es", "max_loss": 0.02}]})
+
+
+def test_a_job_of_other_weights_confirms_nothing(scene: Compared, tmp_path: Path) -> None:
+    """A model that was replaced meanwhile would be asked in place of the one that failed."""
+    with failed(scene, tmp_path, scene.again, "pinned", lambda pinned: pinned | {"weights_hash": "x"}) as (
+        service,
+        verdict,
+    ):
+        [asked] = again(service, verdict)
+        assert asked.kind == "quality"
+        told = settle(service, GATE, verdict, asked, scene.good, scene.again)
+        sentence = f"Not confirmed: weights_hash of job {scene.again} is not as in job {scene.worse}."
+        assert (told.outcome, told.confirmation) == (Outcome.FAIL, sentence)
+
+
+def test_a_failure_stands_where_it_cannot_be_asked_again(scene: Compared, tmp_path: Path) -> None:
+    """Jobs that do not come to their end; a benchmark that has no more samples than were drawn."""
+    with failed(scene, tmp_path, scene.worse, "name", lambda name: name) as (service, verdict):
+        told = confirm(service, GATE, verdict, lambda job_id: JobState.FAILED)
+        assert told.outcome is Outcome.FAIL
+        assert told.confirmation is not None
+        assert re.fullmatch(r"Not confirmed: job \d+ or its fellow is failed\.", told.confirmation)
+
+    def whole(spec: dict[str, Any]) -> dict[str, Any]:
+        return spec | {"benchmarks": [one | {"samples": None} for one in spec["benchmarks"]]}
+
+    with failed(scene, tmp_path, scene.worse, "spec", whole) as (service, verdict):
+        told = confirm(service, GATE, verdict, lambda job_id: pytest.fail("no job is needed for that"))
+        sentence = "Not confirmed: the benchmark has no samples beside those it drew."
+        assert (told.outcome, told.confirmation) == (Outcome.FAIL, sentence)
+
+
 def test_a_gate_that_cannot_tell_ends_with_three(scene: Compared, tmp_path: Path) -> None:
     """Speed, of which only one pair of runs is known."""
     file = gate_file(tmp_path, {"metric": "speedup_token", "max_loss": 0.01})
@@ -216,6 +279,7 @@ def test_a_gate_that_cannot_tell_ends_with_three(scene: Compared, tmp_path: Path
         ("rules: [{metric: es, max_loss: 0.1, benchmark: none}]", "unknown benchmark 'none'"),
         ("confidence: 2\nrules: [{metric: es, max_loss: 0.1}]", "field 'confidence' is 2"),
         ("rules: [{metric: speedup_token, max_loss: 0.1, scale: absolute}]", "scale is 'absolute'"),
+        ("rules: [{metric: errors, min: 0.9}]", "rule for 'errors': fewer are better, so that they have no min"),
     ],
 )
 def test_a_gate_file_that_makes_no_sense_is_refused(

@@ -148,6 +148,23 @@ def test_more_batches_do_not_help_against_noise() -> None:
     assert verdict.rules[0].would_do is None
 
 
+def test_a_speed_that_was_not_timed_hides_no_other_rule() -> None:
+    """Neither a loss of quality, nor that of two benchmarks one was timed and the other was not."""
+    rules = [{"metric": "speedup_token", "max_loss": 0.05}, {"metric": "es", "max_loss": 0.02}]
+    verdict = decide(gate(*rules), comparison(quality(-0.1, 0.01)))
+    assert [one.outcome for one in verdict.rules] == [Outcome.FAIL, Outcome.INCONCLUSIVE]
+    assert "No batch was timed on the same device class under both; run both on one" in verdict.rules[1].sentence
+    timed = comparison(speed(0.01, 0.001, Floor(pairs=20, share=0.005)), quality(0.0, 0.001))
+    other = comparison(quality(0.0, 0.001), benchmark="others").pairs
+    both = timed.model_copy(update={"pairs": [*timed.pairs, *other]})
+    assert decide(gate(*rules), timed).outcome is Outcome.PASS
+    verdict = decide(gate(*rules), both)
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert verdict.rules[0].benchmark == "others"
+    alone = comparison(quality(0.0, 0.001), levels={"speedup_token": Estimate(value=1.3, low=1.2, high=1.4)})
+    assert decide(gate({"metric": "speedup_token", "min": 1.1}), alone).outcome is Outcome.PASS
+
+
 @pytest.mark.parametrize(
     ("level", "outcome"),
     [

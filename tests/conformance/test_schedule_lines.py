@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from cluster.schedules import lines
 from cluster.schedules.lines import RunFigures, as_figures, changed, held_against
 from cluster.schedules.spec import parse_schedule
 from db import firings, jobs, schedules
@@ -102,12 +103,50 @@ def test_the_median_of_the_last_n(db: Database) -> None:
     assert low not in {history.held()[0]}
 
 
+def gone(db: Database, *job_ids: int) -> None:
+    with db.write() as connection:
+        connection.execute(job_table.update().where(job_table.c.id.in_(job_ids)).values(state="cancelled"))
+
+
 def test_where_the_jobs_were_pruned(db: Database) -> None:
     history = History(db)
-    job_id = history.night(PASS)
-    with db.write() as connection:
-        connection.execute(job_table.update().where(job_table.c.id == job_id).values(state="cancelled"))
+    gone(db, history.night(PASS))
     assert history.held() == (None, "the jobs before it were pruned")
+    began = history.night(INCONCLUSIVE)  # and says so: the line begins anew with it
+    assert history.held() == (began, "")
+
+
+@pytest.mark.parametrize("baseline", ["last-passed", {"median": 2}])
+def test_a_failure_becomes_nobodys_baseline_however_long_it_lasts(
+    db: Database, baseline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More firings than are read at once: else what failed would pass one day, and its incident be closed."""
+    monkeypatch.setattr(lines, "LOOKED_AT", 3)
+    history = History(db, baseline)
+    passed = history.night(PASS)
+    for _ in range(8):
+        history.night(FAIL, 0.1)
+    assert history.held() == (passed, "")
+    gone(db, passed)
+    assert history.held() == (None, "the jobs before it were pruned")
+
+
+def test_the_last_that_passed_is_found_behind_many_that_say_nothing(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "LOOKED_AT", 3)
+    history = History(db)
+    passed = history.night(PASS)
+    for verdict in (INCONCLUSIVE, FAIL) * 6:
+        history.night(verdict)
+    assert history.held() == (passed, "")
+
+
+def test_a_line_that_failed_from_its_beginning_has_that(db: Database) -> None:
+    history = History(db)
+    began = history.night(FAIL)
+    history.night(FAIL)
+    assert history.held() == (began, "")
 
 
 def test_a_firing_that_left_no_figures_is_nobodys_baseline(db: Database) -> None:
@@ -134,6 +173,17 @@ def test_exits_that_are_asked_for_as_latest_stay_on_their_line(db: Database) -> 
         assert (one == other) is is_same
         assert one["metric es"] == "es@1"
         assert "metric em" not in one  # the gate does not ask for it
+
+
+def test_a_line_is_told_by_what_a_job_pins(db: Database) -> None:
+    """Its samples, its device class, its exits, the versions of the gate's metrics; nothing else of it."""
+    history = History(db)
+    pinned = {"benchmarks": {"lines": "b1"}, "device_class": "cpu", "metrics": {"es": "es@1"}, "exits_hash": "e1"}
+    line = lines._line(history.spec, pinned, "lines")
+    assert line == LINE
+    for change in ({"benchmarks": {"lines": "b2"}}, {"device_class": "gpu"}, {"metrics": {"es": "es@2"}}):
+        assert lines._line(history.spec, pinned | change, "lines") != line
+    assert lines._line(history.spec, pinned | {"weights_hash": "w2", "git_revision": "r2"}, "lines") == line
 
 
 def test_what_changed() -> None:

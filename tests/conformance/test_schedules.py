@@ -362,6 +362,36 @@ def test_one_message_an_incident(db: Database) -> None:
     assert one.verdict is Verdict.FAIL
 
 
+def test_a_failure_is_asked_again_once(db: Database) -> None:
+    """Of two processes that judged it, the second submits nothing and writes no verdict."""
+    row = added(db, overlap="allow")
+    one = firings.trigger(db, row, Wish("x", {}), START)
+    jobs.cancel_job(db, one.jobs["run"])
+    wishes = {"fresh samples": Wish("x", {})}
+    assert firings.confirm(db, row, one, wishes, {"parts": []})
+    assert not firings.confirm(db, row, one, {"rerun": Wish("x", {})}, {"parts": []})
+    assert not firings.settle(db, row, one, Verdict.FAIL, "x", at=START + HOUR)
+    [still] = firings.firings(db, row.id)
+    assert list(still.jobs) == ["run", "fresh samples"]
+    assert (still.verdict, still.judged) == (None, {"parts": []})
+    assert len(jobs.list_jobs(db)) == 2
+
+
+def test_one_that_was_paused_or_removed_meanwhile_does_not_fire(db: Database) -> None:
+    """Between the look that found it due and the writing of it."""
+    added(db)
+    [row] = firings.due(db, START + 3 * HOUR)
+    schedules.set_paused(db, row.id, True, row.next_at)
+    assert fire(db, row, START + 3 * HOUR) == []
+    schedules.set_paused(db, row.id, False, START + 26 * HOUR)  # from now on: the pause is not made up for
+    assert fire(db, row, START + 3 * HOUR) == []
+    schedules.remove(db, row.id)
+    assert fire(db, row, START + 3 * HOUR) == []
+    with pytest.raises(Missing, match="schedule 'nightly' is gone"):
+        firings.trigger(db, row, Wish("x", {}), START + 3 * HOUR)
+    assert jobs.list_jobs(db) == []
+
+
 def test_a_pinned_baseline_is_not_pruned(db: Database) -> None:
     kept, gone = (jobs.create_job(db, name="x", spec={}) for _ in range(2))
     for job_id in (kept, gone):
@@ -370,6 +400,24 @@ def test_a_pinned_baseline_is_not_pruned(db: Database) -> None:
     assert prune(db, 0).jobs == [gone]
     schedules.remove(db, row.id)
     assert prune(db, 0).jobs == [kept]
+
+
+def test_the_job_of_the_last_firing_that_passed_is_not_pruned(db: Database) -> None:
+    """Or the next firing of a schedule that rarely fires, or long fails, would have nothing to be held against."""
+    row = added(db, overlap="allow")
+    verdicts = (Verdict.PASS, Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE)
+    fired = [firings.trigger(db, row, Wish("x", {}), START + hour * HOUR) for hour in range(len(verdicts))]
+    for one, verdict in zip(fired, verdicts, strict=True):
+        jobs.cancel_job(db, one.jobs["run"])
+        assert firings.settle(db, row, one, verdict, "x", at=START + DAY)
+    before, passed, *after = (one.jobs["run"] for one in fired)
+    assert prune(db, 0).jobs == [before, *after]
+    again = firings.trigger(db, row, Wish("x", {}), START + 2 * DAY)
+    jobs.cancel_job(db, again.jobs["run"])
+    assert firings.settle(db, row, again, Verdict.PASS, "x", at=START + 2 * DAY)
+    assert prune(db, 0).jobs == [passed]
+    schedules.remove(db, row.id)
+    assert prune(db, 0).jobs == [again.jobs["run"]]
 
 
 def test_what_cannot_be_a_baseline(db: Database) -> None:

@@ -1,6 +1,7 @@
 """The catalogue: small files that tell a benchmark, which people copy and change."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_content_is_pinned(name):
     """The same samples on every machine: a change comes with a new version."""
     benchmark = load(name)
     assert (len(benchmark.samples), benchmark.content_hash[:6]) == CONTENT[name]
+    assert known_declarations()[name].content_hash == benchmark.content_hash
 
 
 @FILES
@@ -76,7 +78,7 @@ def test_absent_data_says_where_to_get_it(monkeypatch, tmp_path):
 
 
 def declared(tmp_path: Path, **changes: object) -> str:
-    """A copy of an entry beside its data."""
+    """A copy of an entry beside its data, which are others."""
     rows = [
         {
             "task_id": 1,
@@ -93,7 +95,7 @@ def declared(tmp_path: Path, **changes: object) -> str:
         },
     ]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    text = (ENTRIES / "mbpp-body.yaml").read_text(encoding="utf-8")
+    text = re.sub("content_hash: .*\n", "", (ENTRIES / "mbpp-body.yaml").read_text(encoding="utf-8"))
     for old, new in {"mbpp/mbpp.jsonl": "mine.jsonl", "{test_setup_code}\\n{test_list}": "{test}", **changes}.items():
         assert old in text
         text = text.replace(old, str(new))
@@ -114,6 +116,25 @@ def test_a_copy_that_was_changed_is_a_benchmark(tmp_path):
     assert third.test == "\ndef f(a):\n    return g(a)\ng(1)\n"
     [left] = benchmark.left_out
     assert left.endswith("mine.jsonl, line 2: no function with its body on lines of its own; it is left out.")
+
+
+def test_other_samples_under_a_known_name_are_refused(tmp_path):
+    """A data file of another release would make scores that nobody else's can be held against."""
+    path = Path(declared(tmp_path))
+    text, right = path.read_text(encoding="utf-8"), load(str(path)).content_hash
+
+    def with_hash(content_hash: str) -> str:
+        path.write_text(text.replace('version: "1"\n', f'version: "1"\ncontent_hash: "{content_hash}"\n'))
+        return str(path)
+
+    assert load(with_hash(right)).content_hash == right
+    with pytest.raises(BadInput) as fault:
+        load(with_hash("0" * 64))
+    assert f"its 2 samples are not those of version '1' (content hash {right[:12]}, not 000000000000)" in str(
+        fault.value
+    )
+    assert str(fault.value).endswith("give it another name and leave content_hash out.")
+    assert "\n" not in str(fault.value)
 
 
 @pytest.mark.parametrize(

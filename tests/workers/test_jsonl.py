@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_fields_are_named_by_the_spec(tmp_path):
         tmp_path / "mine.jsonl",
         {"q": "a = ", "a": "1", "n": 7, "repo": "x/y", "more": [1]},
         "",
-        {"q": "b = ", "a": "", "n": "last", "repo": "x/y"},
+        {"q": "b = ", "a": "2", "n": "last", "repo": "x/y"},
     )
     spec = {"jsonl": file, "prompt": "q", "reference": "a", "id": "n", "group": "repo", "language": "go"}
     benchmark = load({**spec, "ends": "text"})
@@ -97,6 +98,8 @@ GOOD = {"prompt": "p", "reference": "r", "id": "first"}
         ),
         ('{"prompt": "p", "reference": "r", "id": true}', "line 2: field 'id' is True, but an id is text or a whole"),
         ('{"prompt": "p", "reference": "  \\n x"}', "line 2: field 'reference' is empty up to the end of its line"),
+        ('{"prompt": "p", "reference": ""}', "line 2: field 'reference' is empty; it is left out."),
+        ('{"prompt": "p", "reference": " \\n\\t"}', "line 2: field 'reference' is empty; it is left out."),
         ('{"n": ' + "9" * 5000 + "}", "line 2: JSON beyond what Python reads"),
         ("[" * 100_000, "line 2: "),
         (json.dumps({"prompt": "p" * 10_000_000, "reference": "r"}), "line 2: has more than 8,388,608 bytes"),
@@ -115,6 +118,14 @@ def test_a_broken_line_is_left_out_and_the_rest_counts(tmp_path, line, sentence)
         assert left_out.startswith(f"{file}, {sentence}")
         assert left_out.endswith("; it is left out.")
         assert "\n" not in left_out
+
+
+def test_a_test_does_without_a_reference(tmp_path):
+    """`pass@1` asks for none; what there is of one must still have something up to its end."""
+    rows = [{"prompt": "p", "reference": text, "test": "f()"} for text in ("", "r", "\n x")]
+    benchmark = load({"jsonl": write(tmp_path / "tested.jsonl", *rows), "test": "test"})
+    assert [(sample.name, sample.reference) for sample in benchmark.samples] == [("1", ""), ("2", "r")]
+    assert len(benchmark.left_out) == 1
 
 
 def test_a_line_that_is_not_utf_8_is_left_out(tmp_path):
@@ -203,6 +214,22 @@ def test_the_index_is_that_of_the_file_as_it_is(tmp_path):
     assert [one.prompt for one in load({"jsonl": file, "records": [3, 9]}).samples] == ["p3"]
     write(tmp_path / "x.jsonl", *[{"prompt": f"longer{i}", "reference": "r"} for i in range(5)])
     assert [one.prompt for one in load({"jsonl": file, "records": [3, 9]}).samples] == ["longer3", "longer4"]
+
+
+def test_a_change_in_the_middle_of_a_file_is_seen(tmp_path):
+    """Of the same size and with the same bytes at both ends: all that is read of a file whose index is kept."""
+    file = tmp_path / "x.jsonl"
+    lines = [json.dumps({"prompt": f"p{i:04}", "reference": "r"}) for i in range(400)]
+    file.write_text("\n".join(lines))
+    before = file.stat()
+    assert [one.prompt for one in load({"jsonl": str(file), "records": [200, 202]}).samples] == ["p0200", "p0201"]
+    longer = len(lines[200]) + 1 + len(lines[201]) - len(lines[200])
+    one = json.dumps({"prompt": "p0200" + "x" * longer, "reference": "r"})
+    file.write_text("\n".join([*lines[:200], one, *lines[202:]]))
+    assert file.stat().st_size == before.st_size
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    found = [one.prompt[:5] for one in load({"jsonl": str(file), "records": [199, 203]}).samples]
+    assert found == ["p0199", "p0200", "p0202", "p0203"]
 
 
 @pytest.mark.parametrize("piece", [1, 2, 7, 64])

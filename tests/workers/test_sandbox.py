@@ -5,12 +5,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from hostile import HOSTILE
 
 from engine.errors import BadInput
 from workers.benchmarks.catalogue import benchmarks
@@ -40,40 +42,17 @@ def test_a_program_passes_where_it_runs_to_its_end():
         assert execute(program) is Ending.FAILED
 
 
-HOSTILE = {
-    "fork bomb": ("import os\nwhile True:\n    os.fork()", {Ending.FAILED, Ending.SECONDS, Ending.MEMORY}),
-    "threads": (
-        "import threading, time\nfor _ in range(1000):\n    threading.Thread(target=time.sleep, args=(9,)).start()",
-        {Ending.FAILED},
-    ),
-    "memory bomb": ("x = []\nwhile True:\n    x.append(bytearray(10_000_000))", {Ending.FAILED, Ending.MEMORY}),
-    "infinite loop": ("while True:\n    pass", {Ending.FAILED, Ending.SECONDS}),
-    "killing the parent": (
-        "import os, signal\nfor pid in (os.getppid(), 0, -1):\n    os.kill(pid, signal.SIGKILL)",
-        {Ending.FAILED},
-    ),
-    "filling the disk": ("with open('x', 'wb') as f:\n    while True:\n        f.write(bytes(2**20))", {Ending.FAILED}),
-    "open files": ("x = [open('/dev/null') for _ in range(100)]", {Ending.FAILED}),
-    "another root": ("import os\nos.chroot('.')", {Ending.FAILED}),
-    "mounting": (
-        "import ctypes, os\nlibc = ctypes.CDLL(None)\n"
-        "assert libc.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0 or libc.unshare(0x10000000) == 0",
-        {Ending.FAILED},
-    ),
-    "the file system": (
-        "import os\nfor folder in ('/usr', '/usr/lib', os.path.dirname(os.__file__)):\n    try:\n"
-        "        open(folder + '/shortstop-was-here', 'w')\n    except OSError:\n        pass\n    else:\n"
-        "        break\nelse:\n    raise AssertionError('contained')",
-        {Ending.FAILED},
-    ),
-}
+def test_a_program_that_has_no_room_for_itself_fails():
+    """An imported completion may be as long as it likes; that refuses the sandbox to nobody else."""
+    assert execute("#" * (LIMITS.file + 1), LIMITS) is Ending.FAILED
+    assert execute("#" * (LIMITS.file - 2**16), LIMITS) is Ending.PASSED
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_completions_are_contained(name):
+def test_hostile_completions_are_contained(name, monkeypatch):
     """Each ends as it must, within its limits, and the next one runs as if nothing had been."""
-    program, endings = HOSTILE[name]
-    assert execute(program, LIMITS) in endings
+    monkeypatch.setattr(sandbox, "_IDLE_SECONDS", 1.0)
+    assert execute(HOSTILE[name].program, LIMITS) in HOSTILE[name].endings
     assert execute("assert True", LIMITS) is Ending.PASSED
 
 
@@ -104,6 +83,23 @@ def test_the_environment_is_empty(monkeypatch):
     assert execute("import os\nassert os.getuid() != 0 or not os.access('/usr', os.W_OK)") is Ending.PASSED
 
 
+def test_no_process_of_it_has_our_environment(monkeypatch):
+    """Nor has what stands around the program, whose memory somebody may find a way to."""
+    monkeypatch.setenv("SHORTSTOP_SECRET", "known")
+    monkeypatch.setattr(sandbox, "_IDLE_SECONDS", 1.0)
+    ours, seen = psutil.Process(), []
+    with ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(execute, "import time\ntime.sleep(1000)")
+        while not ended.done():
+            for one in ours.children(recursive=True):
+                with suppress(psutil.Error):
+                    if one.cmdline() != ours.cmdline():  # until it is what it is to be, it is a copy of us
+                        seen.append(one.environ())
+            time.sleep(0.05)
+    assert len(seen) > 3
+    assert not any("SHORTSTOP_SECRET" in environment for environment in seen)
+
+
 def test_there_is_no_network():
     """A listener of ours, which a program outside reaches, is never reached."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -126,11 +122,18 @@ def test_there_is_no_network():
         assert heard == [b"hello"]
 
 
-def test_a_program_that_waits_for_ever_is_ended(monkeypatch):
-    """No processor seconds, so no limit of them: it is idle."""
-    monkeypatch.setattr(sandbox, "_IDLE_SECONDS", 0.5)
-    assert execute("import time\ntime.sleep(1000)") is Ending.IDLE
-    assert execute("import os\nos.kill(os.getpid(), 19)") is Ending.IDLE  # stopped, not killed
+def test_a_program_ends_with_whoever_watches_it():
+    """After `kill -9` of a scorer a program that sleeps would stay for ever: it takes no processor seconds."""
+    code = "from workers.execution.sandbox import execute\nexecute('import time\\ntime.sleep(1000)')"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2]) as scorer:
+        deadline, tree = time.monotonic() + 60, []
+        while len(tree) < 3:  # unshare, the first of the namespace, the program
+            assert time.monotonic() < deadline, tree
+            tree = psutil.Process(scorer.pid).children(recursive=True)
+            time.sleep(0.05)
+        scorer.kill()
+    _, alive = psutil.wait_procs(tree, timeout=60)
+    assert alive == []
 
 
 def test_a_machine_without_a_sandbox_refuses(monkeypatch):

@@ -72,6 +72,8 @@ def test_every_metric_has_a_version_and_a_description():
         ("identifier_f1", "return not None", "if x:", 0),
         ("identifier_f1", "if True:", "return 1", 1),  # no identifier on either side
         ("identifier_f1", "f('left right')", 'f("other")', 1),
+        ("identifier_f1", "f(r'left', b\"right\", u8'x')", "f('y')", 1),  # the letters in front are the literal's
+        ("identifier_f1", "print'a', r 'b'", "print, r", 1),
         ("identifier_f1", "a, a", "a", 2 / 3),
         ("accepted_loose", "return valve", "return value", 1),
         ("accepted_loose", "return x", "return y", 0),

@@ -63,6 +63,9 @@ class Declaration(Spec):
 
     name: str = Field(min_length=1)
     version: str = Field(min_length=1)
+    content_hash: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="of all samples, as `benchmarks show` prints it: others are refused"
+    )
     description: str
     source: Source
     get: str = Field(description="the sentence that says where the data is to be had")
@@ -107,7 +110,15 @@ def load_declared(declaration: Declaration, beside: Path = ENTRIES) -> Benchmark
     left_out = Sentences()
     made = each(_records(declaration, beside), partial(_samples, declaration), left_out)
     samples = unique(made, left_out)
-    return Benchmark(declaration.name, declaration.version, declaration.ends, samples, left_out.listed())
+    found = Benchmark(declaration.name, declaration.version, declaration.ends, samples, left_out.listed())
+    expected = declaration.content_hash
+    if expected is not None and found.content_hash != expected:
+        raise BadInput(
+            f"benchmark {declaration.name!r}: its {len(samples):,} samples are not those of version "
+            f"{declaration.version!r} (content hash {found.content_hash[:12]}, not {expected[:12]}); "
+            f"{declaration.get} Where they are meant to be others, give it another name and leave content_hash out."
+        )
+    return found
 
 
 def benchmarks_folder() -> Path:

@@ -1,9 +1,10 @@
 """A program in a sandbox: a process tree with a root, a network and a process table of its own, and limits.
 
 Linux namespaces through `unshare`: no network, no processes but its own, a root in memory with Python read-only and a
-folder that ends with it; no privileges, no environment. What runs is stopped by the processor seconds it took, not by a
-clock, so that a loaded machine changes no result. It holds against completions, not against attackers with a fault of
-the kernel in hand; and a program that wants to look as if it had passed can.
+folder that ends with it; no privileges, no environment, and none of the system calls that take memory which no process
+is seen to hold. What runs is stopped by the processor seconds it took, not by a clock, so that a loaded machine changes
+no result. It holds against completions, not against attackers with a fault of the kernel in hand; and a program that
+wants to look as if it had passed can.
 """
 
 import json
@@ -49,12 +50,16 @@ class Limits:
     seconds: int = 10  #: processor seconds
     memory: int = 2**30  #: bytes
     file: int = 16 * 2**20  #: bytes of one file, and of all files together
+    inodes: int = 4096  #: files and folders
     files: int = 64  #: open at once, in one process
     processes: int = 32  #: at once
 
 
 def execute(program: str, limits: Limits = Limits()) -> Ending:
     """Run a Python program in a sandbox of its own. Raises `BadInput` where the sandbox cannot be had."""
+    source = program.encode()
+    if len(source) > limits.file:
+        return Ending.FAILED  # its folder has no room for it
     reading, writing = os.pipe()
     try:
         process = _started(writing, limits)
@@ -67,7 +72,7 @@ def execute(program: str, limits: Limits = Limits()) -> Ending:
         try:
             assert process.stdin is not None
             assert process.stderr is not None
-            _hand_over(process, program)
+            _hand_over(process, source)
             stopped = _watched(process, limits)
         finally:
             _end(process)
@@ -97,6 +102,7 @@ def _started(channel: int, limits: Limits) -> "subprocess.Popen[bytes]":
         "python": python,
         "user": secrets.choice(_NOBODIES) if is_root else None,
         "size": limits.file,
+        "inodes": limits.inodes,
         "limits": {
             "RLIMIT_CPU": limits.seconds,
             "RLIMIT_AS": limits.memory,
@@ -137,10 +143,10 @@ def _needed(python: str) -> list[str]:
     return [path for path in [*system, *own] if os.path.lexists(path)]
 
 
-def _hand_over(process: "subprocess.Popen[bytes]", program: str) -> None:
+def _hand_over(process: "subprocess.Popen[bytes]", source: bytes) -> None:
     assert process.stdin is not None
     try:
-        process.stdin.write(program.encode())
+        process.stdin.write(source)
         process.stdin.close()
     except BrokenPipeError:  # it ended before it read: what it said tells why
         pass

@@ -93,7 +93,7 @@ _BUILTIN: list[TextMetric | TokenMetric | ExecutedMetric] = [
     ),
     TextMetric("chrf", f"chrf@{_SACREBLEU}", "sacrebleu's sentence chrF, 0..100", text.chrf, 100, False),
     TextMetric(
-        "identifier_f1", "identifier_f1@1", "F1 over the identifiers of the code", text.identifier_f1, by_default=False
+        "identifier_f1", "identifier_f1@2", "F1 over the identifiers of the code", text.identifier_f1, by_default=False
     ),
     TextMetric(
         "accepted_loose",

@@ -139,7 +139,10 @@ def _chrf() -> "CHRF":
 
 
 _NOT_DEFAULT = re.compile("[^a-z0-9]+")
-_STRING = re.compile(r""" "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*' """, re.VERBOSE)
+#: with the letters in front that say what kind of literal it is
+_STRING = re.compile(
+    r""" (?:(?<![\w$])(?:[rRbBuUfFtT]{1,2}|u8R?|LR?|c))? (?:"(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*') """, re.VERBOSE
+)
 #: with Python's, the words that C, C++, Go, Java, JavaScript, Rust and TypeScript all or mostly reserve
 _RESERVED = (
     "abstract boolean byte case catch char const constexpr default delete do double else enum export extends extern "
