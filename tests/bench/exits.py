@@ -309,7 +309,8 @@ def at_one_depth(db: Database, name: str, manifest: ExitsManifest, chosen: Chose
     stopping = [] if chosen.stopping is None else [chosen.stopping]
     asked = [*mine, *stopping, "oracle", *every_policy(manifest)]
     found = replay_trace(trace, ReplaySpec(policies=asked))
-    write_replay_page(trace, found, FOLDER / f"exits-{name}-{trace.run.benchmark.split(' ')[0]}-replay.html")
+    page = trace.run.benchmark.split(" ")[0].replace(":", "-")
+    write_replay_page(trace, found, FOLDER / f"exits-{name}-{page}-replay.html")
     where = f"{name}, {trace.run.benchmark}, replayed"
     depth = _value(next((one for one in found.policies if one.spec in mine), found.policies[0]), _DEPTH)
     able = [one for one in found.policies if one.spec != chosen.stopping]

@@ -259,6 +259,8 @@ def test_command_line(db: Database, of_full: Trace, tmp_path: Path) -> None:
     assert json.loads(kept.stdout)["promise"]["bound"] == 0.9
     assert "With 90 % confidence" in file.read_text()
     assert CliRunner().invoke(app, ["validate", str(file)]).exit_code == 0
+    again = CliRunner().invoke(app, ["trace", str(file), "--inline", "--database", f"sqlite:///{tmp_path / 'own.db'}"])
+    assert again.exit_code == 0, again.output  # the policy is left aside, and the promise with it
     refused = CliRunner().invoke(app, [*asked, "--max-disagree", "0.06"])
     assert refused.exit_code in (1, 3)
     assert "nothing is promised: " in refused.stderr
