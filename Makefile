@@ -41,7 +41,7 @@ bench-service: $(STAMP)
 	$(BIN)/python -m tests.bench.service
 	$(BIN)/python -m tests.bench.pages
 
-# What each shipped bundle is worth, hours of it: BENCH_SAMPLES=1500 for figures of quality, BENCH_BUNDLES for some only
+# What each shipped bundle is worth, a quarter of an hour each; for the record BENCH_QUALITY=1500 BENCH_SAMPLES=150
 bench-exits: $(STAMP)
 	$(BIN)/python -m tests.bench.exits
 
@@ -57,7 +57,7 @@ bench-stats: $(STAMP)
 	$(BIN)/python -m tests.bench.stats
 	$(BIN)/python -m tests.bench.schedules
 
-# A thousand policies over made-up traces of up to a million tokens; what a trace of the real model costs
+# What a trace of the real model costs; a thousand policies over made-up traces of up to a million tokens; ten minutes
 bench-replay: $(STAMP)
 	$(BIN)/python -m tests.bench.replay
 
@@ -65,7 +65,7 @@ bench-replay: $(STAMP)
 bench-training: $(STAMP)
 	$(BIN)/python -m tests.bench.training
 
-# How often a promise is broken, over a thousand draws of source groups from a trace of the real model
+# How often a promise is broken, over a thousand draws of source groups from a trace of the real model; ten minutes
 bench-calibrate: $(STAMP)
 	$(BIN)/python -m tests.bench.calibrate
 

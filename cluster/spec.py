@@ -95,6 +95,11 @@ class JobSpec(Spec):
             )
         if self.trace is not None and self.exits is None:
             raise ValueError("exits: a trace needs some, and none are given; name a bundle in the field `exits`.")
+        if self.trace is not None and not all(getattr(asked, "store_text", True) for asked in self.benchmarks):
+            raise ValueError(
+                "benchmarks: store_text is false, and a trace keeps the tokens of its targets, which spell the text; "
+                "leave it out, or trace another benchmark."
+            )
         return self
 
     @model_validator(mode="before")

@@ -23,7 +23,7 @@ def describe_device_class(device: torch.device, dtype: str, threads: int) -> str
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {dtype}, torch {torch.__version__}"
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"cpu {_processor()} {capability}, {threads} thread{'s' * (threads > 1)}, {dtype}, torch {torch.__version__}"
+    return f"cpu {processor()} {capability}, {threads} thread{'s' * (threads > 1)}, {dtype}, torch {torch.__version__}"
 
 
 def count_gpus() -> int:
@@ -51,7 +51,8 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

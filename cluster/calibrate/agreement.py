@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.calibrate.found import Calibrated, Candidate, fastest, promised
+from cluster.calibrate.found import Calibrated, Candidate, fastest, is_faster, promised
 from cluster.calibrate.pvalues import fewest_groups, groups_for_agreement, hoeffding_bentkus
 from cluster.grids import ReplaySpec, expand
 from cluster.replays import ReplayedPolicy, check_made_for, replay_trace
@@ -69,7 +69,7 @@ def calibrate_agreement(
             p_values.get(place),
             place in kept,
             speedup := speedup_of(row, trace.pinned.n_layers),
-            speedup > 1,
+            is_faster(speedup),
             groups_for_agreement(float(own.mean()), max_disagree, level),
         )
         for place, (row, own) in enumerate(zip(figures.policies, losses, strict=True))

@@ -59,6 +59,11 @@ class Calibrated:
         return plain | {"promise": None if self.promise is None else self.promise.model_dump(mode="json")}
 
 
+def is_faster(speedup: float) -> bool:
+    """Than full depth, to the two digits that are shown: nobody wants to promise anything for 1.00×."""
+    return round(speedup, 2) > 1
+
+
 def fastest(tried: list[Candidate]) -> tuple[Candidate | None, Candidate | None]:
     """The fastest that keeps the promise; where there is none, of those faster than full depth the closest to it."""
     kept = [one for one in tried if one.kept and one.faster]

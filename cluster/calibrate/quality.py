@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from cluster.calibrate.agreement import check_enough, losses_of, speedup_of, wrong_tokens
-from cluster.calibrate.found import Calibrated, Candidate, fastest, promised
+from cluster.calibrate.found import Calibrated, Candidate, fastest, is_faster, promised
 from cluster.calibrate.promise import HeldOut
 from cluster.calibrate.pvalues import betting, groups_for_quality
 from cluster.confirming import run_live
@@ -90,7 +90,7 @@ def calibrate_quality(
         needed = groups_for_quality(tested, bound, 1 - confidence)
         speed = _measured(runs[row.policy]) or speedup_of(row, trace.pinned.n_layers)
         loss = float(tested.mean()) * highest
-        tried.append(Candidate(row.policy, row.spec, loss, p_value, place < kept, speed, speed > 1, needed))
+        tried.append(Candidate(row.policy, row.spec, loss, p_value, place < kept, speed, is_faster(speed), needed))
         held_out[row.policy] = _held_out(own.of(parts.report) * highest)
     made = _calibrated(trace, job_id, max_loss, confidence, groups, samples, tried)
     if made.chosen is None:
@@ -144,7 +144,7 @@ def screened(
     if not rows:
         raise BadInput("policies: none of them can be run; give others than full and oracle.")
     speeds = np.array([speedup_of(row, trace.pinned.n_layers) for row in rows])
-    able = np.flatnonzero(speeds > 1)
+    able = np.flatnonzero([is_faster(speed) for speed in speeds])
     if not len(able):
         return [(rows[int(np.argmax(speeds))], False)]
     policies = [parse_policy(rows[place].spec) for place in able]

@@ -21,11 +21,17 @@ ContinueFrom = Annotated[
     typer.Option("--continue", metavar="N", min=1, help="Generate from wrong and right tokens of so many samples."),
 ]
 
+ContinuedBefore = Annotated[
+    int | None,
+    typer.Option("--continued", metavar="JOB", help="What --continue made before, with the labels it has by now."),
+]
+
 
 def study(
     job: JobId,
     benchmark: BenchmarkName = None,
     continue_from: ContinueFrom = None,
+    continued: ContinuedBefore = None,
     execute: Execute = False,
     html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write the pictures as a page.")] = None,
     workers: Workers = None,
@@ -40,15 +46,21 @@ def study(
 
     if execute and continue_from is None:
         raise BadInput("--execute runs what is generated, and nothing is; give --continue N as well.")
+    if continued is not None and continue_from is not None:
+        raise BadInput("--continue generates and --continued looks at what is there; give one of them.")
     page, settings = writable(html), start(database, workers)
     with opened(settings, create=False) as db:
         traces = traces_of(db, job, benchmark)
+        if len(traces) > 1 and continued is not None:
+            names = ", ".join(repr(one.run.benchmark) for one in traces)
+            raise BadInput(f"--continued is of one benchmark; name one of {names} by --benchmark.")
         with watch() as shown:
             found = [
                 studied(
                     trace,
                     settings,
                     continue_samples=continue_from,
+                    continued_job=continued,
                     execute=execute,
                     inline=inline,
                     on_progress=lambda done: shown.show("counting", done, 0, "samples"),

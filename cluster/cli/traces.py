@@ -72,7 +72,8 @@ def trace(
     from cluster.spec import override, parse_job, read_yaml
 
     value = override(read_yaml(spec), overrides or [])
-    value = {name: field for name, field in value.items() if name != "policies"}
+    # what was promised of a policy goes with it
+    value = {name: field for name, field in value.items() if name not in ("policies", "promise")}
     value["trace"] = target or value.get("trace") or "reference"
     with service(database, workers, server, ray_address, gpus_per_worker, inline=inline) as shortstop:
         asked, folder = parse_job(value), spec_folder(spec)

@@ -7,7 +7,7 @@ chose in its place, and one that full depth gets right. Full depth goes on from 
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,8 @@ from cluster.spec import parse_job
 from cluster.study.counting import Share, share
 from cluster.study.kinds import text_before
 from cluster.traced import Trace
-from db import jobs
-from db.records import CompletionRow, SampleRow, TracedSample
+from db import jobs, labels
+from db.records import CompletionRow, JobState, SampleRow, TracedSample
 from db.results import completions, samples_of
 from engine.errors import BadInput
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 ARMS = ("wrong", "right")
 #: metrics of the text behind the token against the reference's: none is a judgement of the whole
 REST = ("accepted", "es")
+#: what people said of the completions, where they did
+LABELS = "acceptance_rate"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Arm:
 
     arm: str
     completions: int
-    #: shares and means over completions: `accepted` and `es` of what stands behind the token, `pass@1` of the whole
+    #: shares and means over completions: `accepted` and `es` of what stands behind the token, `pass@1` of the whole,
+    #: and `acceptance_rate` over those that somebody judged
     scores: dict[str, Share]
 
 
@@ -51,7 +54,7 @@ class Continued:
     job_id: int
     wrong: Arm
     right: Arm
-    left_out: int  #: drawn tokens that nothing can be written behind: they end the completion
+    left_out: int | None  #: drawn tokens that nothing can be written behind; None where this job is looked at again
 
 
 def continue_from_tokens(
@@ -88,7 +91,7 @@ def continue_from_tokens(
         benchmark |= {"language": records[0]["language"]} | ({"test": "test"} if has_tests else {})
         spec |= {
             "trace": None,
-            "name": f"study {trace.run.job_id}, continued",
+            "name": _job_name(trace),
             "exits": None,
             "benchmarks": [benchmark],
             "policies": ["full"],
@@ -97,8 +100,33 @@ def continue_from_tokens(
         job_id = see_done(trace.db, parse_job(spec), settings, inline=inline)
     if execute:
         rescore(trace.db, job_id, ["pass@1"], execute=True)
+    return _found(trace, job_id, left_out)
+
+
+def read_continued(trace: Trace, job_id: int) -> Continued:
+    """What an earlier call of `continue_from_tokens` made, with the labels that people have given to it since.
+
+    Raises `Missing`, and `BadInput` where the job is something else, or not done.
+    """
+    job = jobs.job(trace.db, job_id)
+    if job.name != _job_name(trace):
+        raise BadInput(
+            f"job {job_id} ({job.name!r}) does not continue the trace of job {trace.run.job_id} on "
+            f"{trace.run.benchmark!r}; make one that does with --continue N."
+        )
+    if job.state is not JobState.DONE:
+        raise BadInput(f"job {job_id} is {job.state}; wait, or resume it.")
+    return _found(trace, job_id, None)
+
+
+def _job_name(trace: Trace) -> str:
+    return f"study {trace.run.job_id} of {trace.run.benchmark}, continued"
+
+
+def _found(trace: Trace, job_id: int, left_out: int | None) -> Continued:
     found = [row for row in completions(trace.db, job_id=job_id, with_tokens=False) if row.outcome.error is None]
-    wrong, right = (_arm(arm, [row for row in found if row.sample.name.endswith(f" {arm}")]) for arm in ARMS)
+    accepted = {one.sample_id: one.accepted for one in labels.judged(trace.db, job_id)}
+    wrong, right = (_arm(arm, [row for row in found if row.sample.name.endswith(f" {arm}")], accepted) for arm in ARMS)
     return Continued(job_id, wrong, right, left_out)
 
 
@@ -160,7 +188,8 @@ def _samples(trace: Trace) -> Iterator[tuple[TracedSample, SampleRow]]:
         yield from ((one, by_id[one.sample_id]) for one in window)
 
 
-def _arm(arm: str, rows: Sequence[CompletionRow]) -> Arm:
+def _arm(arm: str, rows: Sequence[CompletionRow], accepted: Mapping[int, float]) -> Arm:
+    """accepted: by sample the share of its judges who accept what was written."""
     groups = {name: place for place, name in enumerate(sorted({row.sample.source_group for row in rows}))}
     group = np.array([groups[row.sample.source_group] for row in rows], int)
     whole = np.bincount(group, minlength=len(groups))
@@ -170,19 +199,30 @@ def _arm(arm: str, rows: Sequence[CompletionRow]) -> Arm:
         for name in names
         if rows
     }
+    judged = np.array([row.sample.id in accepted for row in rows], bool)
+    if judged.any():
+        said = [accepted.get(row.sample.id, 0.0) for row in rows]
+        scores[LABELS] = share(np.bincount(group, said, len(groups)), np.bincount(group, judged, len(groups)))
     return Arm(arm, len(rows), scores)
 
 
 def named(metric: str) -> str:
     """A metric's name in tables of continuations."""
+    if metric == LABELS:
+        return "accepted by people"
     return metric if metric == "pass@1" else f"{metric} of the rest (proxy)"
 
 
 def judged_by(found: Continued) -> str:
     """What the numbers of continuations are, and are not."""
     rest = "accepted and es hold only the text behind the token against the reference's"
-    if "pass@1" in found.right.scores:
-        return f"pass@1 is of the whole program; {rest}."
+    scores = {*found.wrong.scores, *found.right.scores}
+    of_the_whole = ["pass@1 is of the whole program"] * ("pass@1" in scores)
+    of_the_whole += [f"people judged what stands behind the token, as `shortstop report {found.job_id}` tells"] * (
+        LABELS in scores
+    )
+    if of_the_whole:
+        return f"{'; '.join(of_the_whole)}; {rest}."
     return (
         f"nobody judged the completions, and none was executed: {rest}, and a line with a wrong token in it never "
         "equals the reference."

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.settings import Settings
-from cluster.study.continued import Continued, continue_from_tokens
+from cluster.study.continued import Continued, continue_from_tokens, read_continued
 from cluster.study.counting import Counted, count
 from cluster.traced import Trace
 
@@ -33,19 +33,20 @@ def study(
     settings: Settings,
     *,
     continue_samples: int | None = None,
+    continued_job: int | None = None,
     execute: bool = False,
     inline: bool = False,
     on_progress: Callable[[int], None] = lambda samples: None,
 ) -> Study:
     """Count a trace, and generate from wrong and right tokens of so many samples where that is asked for.
 
-    Raises `BadInput`.
+    continued_job: one that was generated before, in its place. Raises `BadInput`.
     """
     from cluster.reports.decoder import decoder
 
+    continued = None if continued_job is None else read_continued(trace, continued_job)
     decode = decoder(trace.db, trace.run.job_id)
     counted = count(trace, decode, on_progress)
-    continued = None
     if continue_samples is not None:
         continued = continue_from_tokens(trace, decode, continue_samples, settings, execute=execute, inline=inline)
     pinned = trace.pinned

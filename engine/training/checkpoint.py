@@ -1,19 +1,47 @@
 """What a training goes on from after any end, and the log of its losses beside it."""
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engine.errors import BadInput
 
 
 class NotFinite(ArithmeticError):
-    """The loss became NaN or infinite; the last checkpoint is kept."""
+    """The loss or its gradient became NaN or infinite; the last checkpoint is kept."""
+
+
+def check_finite(stage: str, what: str, value: float, step: int, folder: Path) -> None:
+    """Whether a step's loss or gradient is a number. folder: of the checkpoints. Raises `NotFinite`."""
+    if not math.isfinite(value):
+        raise NotFinite(
+            f"{stage}: the {what} is {value} at step {step}; the last good checkpoint is kept in {folder}; lower the "
+            "learning rate and train into another folder"
+        )
+
+
+@contextmanager
+def making(path: Path) -> Iterator[Path]:
+    """A place for a file's new content, moved to `path` when it is whole. Raises `BadInput` where the disk is full."""
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise BadInput(
+            f"out: {path} cannot be written ({getattr(error, 'strerror', None) or error}); make room and run the "
+            "command again, it goes on from the last checkpoint."
+        ) from None
 
 
 class Checkpoint:
@@ -24,22 +52,12 @@ class Checkpoint:
 
     def save(self, step: int, parameters: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, **more: Any) -> None:
         """Replace the file; a machine that dies meanwhile has the old one. Raises `BadInput` where the disk is full."""
-        part = self.path.with_suffix(".part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                torch.save(
-                    {"step": step, "parameters": dict(parameters), "optimiser": optimiser.state_dict(), **more}, file
-                )
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise BadInput(
-                f"out: the checkpoint {self.path} cannot be written ({error.strerror}); make room and run the command "
-                "again, it goes on from the last one."
-            ) from None
-        part.replace(self.path)
+        with making(self.path) as part, part.open("wb") as file:
+            torch.save(
+                {"step": step, "parameters": dict(parameters), "optimiser": optimiser.state_dict(), **more}, file
+            )
+            file.flush()
+            os.fsync(file.fileno())
 
     def load(
         self, parameters: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, device: torch.device
@@ -62,7 +80,7 @@ class Log:
         self.path = path
 
     def forget(self, stage: str, step: int) -> None:
-        """Drop what was logged after a checkpoint: those steps are taken again."""
+        """Drop what was logged after a checkpoint: those steps are taken again. step: -1 where there is none."""
         if not self.path.exists():
             return
         kept = []
@@ -76,8 +94,14 @@ class Log:
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def write(self, stage: str, step: int, **figures: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **figures}) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": stage, "step": step, **figures}) + "\n")
+        except OSError as error:
+            raise BadInput(
+                f"out: the log {self.path} cannot be written ({error.strerror}); make room and run the command again, "
+                "it goes on from the last checkpoint."
+            ) from None
 
 
 def trainable(parameters: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.controllers import CLASSES, SEC, bias_name, in_own_size, weight_name
 from engine.exits import AFTER_EXIT
 from engine.heads import Heads
+from engine.training.checkpoint import Checkpoint, check_finite
 from engine.training.labels import labels, left_before, predictions
 from engine.training.spec import ControllerSpec
 from engine.training.states import States
@@ -62,7 +63,8 @@ class ControllerTrainer:
         seed: int,
         checkpoint: Path,
     ) -> None:
-        self.states, self.label, self.spec, self.seed, self.checkpoint = states, label, spec, seed, checkpoint
+        self.states, self.label, self.spec, self.seed = states, label, spec, seed
+        self.checkpoint = Checkpoint(checkpoint)
         self.points, self.device = heads.points, heads.stack.device
         # Full depth is the last of the states; where it is no exit point, nobody asks there.
         self.depths = len(self.points)
@@ -74,9 +76,8 @@ class ControllerTrainer:
         self.class_weights = self._class_weights()
         self.parameters = {name: p.to(self.device).requires_grad_() for name, p in self._fresh(heads).items()}
         self.optimiser = torch.optim.Adam(list(self.parameters.values()), lr=spec.learning_rate)
-        self.step = 0
-        if checkpoint.exists():
-            self._load()
+        found = self.checkpoint.load(self.parameters, self.optimiser, self.device)
+        self.step = 0 if found is None else found["step"]
 
     @property
     def steps(self) -> int:
@@ -87,12 +88,12 @@ class ControllerTrainer:
         return -(-len(self.learned) // _BATCH)
 
     def train(self, on_progress: Callable[[int, int, float], None]) -> None:
-        """Go on to the last step, and calibrate."""
+        """Go on to the last step, and calibrate. Raises `NotFinite`, `BadInput`: full disk."""
         while self.step < self.steps:
             loss = self._train_step()
             self.step += 1
             if self.step % _CHECKPOINT_EVERY == 0 or self.step == self.steps:
-                self._save()
+                self.checkpoint.save(self.step, self.parameters, self.optimiser)
             on_progress(self.step, self.steps, loss)
         if self.spec.kind == "calibrated" and len(self.kept):
             self._calibrate()
@@ -121,6 +122,7 @@ class ControllerTrainer:
         else:
             weights = self.class_weights[torch.arange(self.depths, device=self.device), wanted]
             loss = (loss * weights).sum() / weights.sum()
+        check_finite("controller", "loss", loss.item(), self.step, self.checkpoint.path.parent)
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
@@ -187,17 +189,3 @@ class ControllerTrainer:
             "bias": torch.zeros(self.depths, CLASSES),
             "after_exit": torch.zeros(CLASSES),
         }
-
-    def _save(self) -> None:
-        part = self.checkpoint.with_suffix(".part")
-        content = {"step": self.step, "parameters": self.parameters, "optimiser": self.optimiser.state_dict()}
-        torch.save(content, part)
-        part.replace(self.checkpoint)
-
-    def _load(self) -> None:
-        content = torch.load(self.checkpoint, weights_only=True, map_location=self.device)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(content["parameters"][name])
-        self.optimiser.load_state_dict(content["optimiser"])
-        self.step = content["step"]

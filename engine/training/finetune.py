@@ -9,14 +9,16 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.device import find_device
+from engine.errors import BadInput
 from engine.loading import load_model, load_tokenizer, resolve_model
 from engine.training.checkpoint import Log
 from engine.training.corpus import Window, read_corpora
@@ -26,7 +28,7 @@ from engine.training.trainer import Losses, Trainer
 from engine.training.workplace import OnProgress, Workplace, reported
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HELD = 16  #: held-out windows that one look takes
 NOTE = "finetuning.json"
@@ -90,17 +92,30 @@ def finetune(
     model = load_model(facts).to(find_device(spec.device))
     tuner = FineTuner(model, spec, corpus.windows, kept.windows, place.work, place.log)
     tuner.run(reported(on_progress, "fine-tuning"))
-    made = Path(tempfile.mkdtemp(prefix=f"{place.out.name}.", dir=place.out.parent))
-    made.chmod(0o755)  # mkdtemp makes it the owner's alone
-    model.save_pretrained(made)
-    load_tokenizer(spec.model).save_pretrained(made)
     how = {
         "model": spec.model,
         "weights_hash": facts.weights_hash,
         "training": spec.model_dump(mode="json"),
         "corpus": [*corpus.manifest, *({**entry, "held_out": True} for entry in kept.manifest)],
     }
-    (made / NOTE).write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
-    made.replace(place.out)  # absent or empty: nothing else is ever replaced
+    _write(model, load_tokenizer(spec.model), how, place.out)
     shutil.rmtree(place.work)
     return place.out
+
+
+def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", how: dict[str, Any], out: Path) -> None:
+    """A model folder, moved into place whole. Raises `BadInput` where the disk is full."""
+    made = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+    try:
+        made.chmod(0o755)  # mkdtemp makes it the owner's alone
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        (made / NOTE).write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
+        made.replace(out)  # absent or empty: nothing else is ever replaced
+    except (OSError, SafetensorError) as error:
+        raise BadInput(
+            f"out: {out} cannot be written ({getattr(error, 'strerror', None) or error}); make room and run the "
+            "command again, it goes on from the last checkpoint."
+        ) from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)

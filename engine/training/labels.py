@@ -1,6 +1,7 @@
 """What a controller is to say at every place and exit point, from what the heads say there."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from engine.heads import Heads
 from engine.policies import CONTINUE, EXIT, STOP
 from engine.training.spec import Labels
-from engine.training.states import States
+from engine.training.states import States, reserve
 
 _CHUNK = 2048
 _SAVED_EVERY = 8  # chunks: a few seconds of work are lost at most
@@ -52,8 +53,9 @@ def _array(folder: Path | None, name: str, kind: Any, shape: tuple[int, int]) ->
     if folder is None:
         return np.empty(shape, kind)
     folder.mkdir(parents=True, exist_ok=True)
-    there = (folder / name).exists() and (folder / "predictions.json").exists()
-    return np.memmap(folder / name, kind, "r+" if there else "w+", shape=shape)
+    if not ((folder / name).exists() and (folder / "predictions.json").exists()):
+        reserve(folder, {name: np.dtype(kind).itemsize * math.prod(shape)}, "predictions")
+    return np.memmap(folder / name, kind, "r+", shape=shape)
 
 
 def labels(tokens: Tensor, states: States, rule: Labels = "sec") -> Tensor:

@@ -100,13 +100,16 @@ def _open(folder: Path, places: int, depths: int, stack: LayerStack, new: bool) 
     }
     if new:
         sizes = {name: np.dtype(kind).itemsize * math.prod(shape) for name, (kind, shape) in shapes.items()}
-        _reserve(folder, sizes)
+        reserve(folder, sizes, "states")
     opened = {name: np.memmap(folder / name, kind, "r+", shape=shape) for name, (kind, shape) in shapes.items()}
     return States(**opened)
 
 
-def _reserve(folder: Path, sizes: dict[str, int]) -> None:
-    """Files with room on the disk behind them: writing to a mapped file without would end the process (SIGBUS)."""
+def reserve(folder: Path, sizes: dict[str, int], what: str) -> None:
+    """Files with room on the disk behind them: writing to a mapped file without would end the process (SIGBUS).
+
+    sizes: bytes by name. Raises `BadInput`.
+    """
     try:
         for name, size in sizes.items():
             with (folder / name).open("wb") as file:
@@ -115,7 +118,7 @@ def _reserve(folder: Path, sizes: dict[str, int]) -> None:
         for name in sizes:
             (folder / name).unlink(missing_ok=True)
         raise BadInput(
-            f"out: {folder} has no room for {sum(sizes.values()) / 1e9:.1f} GB of states ({error.strerror}); make "
+            f"out: {folder} has no room for {sum(sizes.values()) / 1e9:.1f} GB of {what} ({error.strerror}); make "
             "room, lower cached_tokens, or give another folder."
         ) from None
 

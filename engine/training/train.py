@@ -29,7 +29,7 @@ from engine.heads import Heads
 from engine.loading import ModelFacts, load_model, load_tokenizer, resolve_model
 from engine.stack import LayerStack
 from engine.training.backbone import Backbone
-from engine.training.checkpoint import Log
+from engine.training.checkpoint import Log, making
 from engine.training.controller import train_controller
 from engine.training.corpus import Corpus, Entry, read_corpora
 from engine.training.heads import HeadTrainer
@@ -114,7 +114,24 @@ def _start(spec: TrainSpec, facts: ModelFacts) -> dict[str, Tensor]:
             f"start: {spec.start!r} has heads {manifest.head!r} of rank {manifest.rank}, the spec wants {spec.head!r} "
             f"of rank {spec.rank}; make them the same."
         )
-    return load_file(folder / TENSORS)
+    tensors = load_file(folder / TENSORS)
+    _check_sizes(spec, manifest, tensors)
+    return tensors
+
+
+def _check_sizes(spec: TrainSpec, manifest: ExitsManifest, tensors: dict[str, Tensor]) -> None:
+    """Whether what a start has fits into what is to be trained. Raises `BadInput`."""
+    if spec.head == "untied" and manifest.shortlist != spec.shortlist:
+        raise BadInput(
+            f"start: {spec.start!r} has untied heads over a shortlist of {manifest.shortlist}, the spec wants "
+            f"{spec.shortlist}; make them the same."
+        )
+    ranks = [len(tensor) for name, tensor in tensors.items() if name.startswith(PREFIX) and name.endswith(".a")]
+    if spec.tuning is not None and max(ranks, default=0) > spec.tuning.rank:
+        raise BadInput(
+            f"tuning.rank is {spec.tuning.rank}, but the deltas of {spec.start!r} have rank {max(ranks)}; give that at "
+            "least."
+        )
 
 
 def _shortlist(spec: TrainSpec, started: dict[str, Tensor], corpus: Corpus, facts: ModelFacts) -> Tensor:
@@ -148,9 +165,8 @@ def _tuned(
     tuner = Tuner(backbone, spec, shortlist, started, corpus.windows, kept.windows, work, log)
 
     tensors = tuner.train(reported(on_progress, "tuning"))
-    part = done.with_suffix(".part")
-    save_file(tensors, part)
-    part.replace(done)
+    with making(done) as part:
+        save_file(tensors, part)
     return tensors
 
 

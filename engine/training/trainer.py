@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.training.checkpoint import Checkpoint, Log, NotFinite
+from engine.training.checkpoint import Checkpoint, Log, check_finite
 from engine.training.spec import Pace
 
 
@@ -75,7 +75,7 @@ class Trainer(ABC):
         found = self.checkpoint.load(parameters, self.optimiser, device)
         if found is not None:
             self.step, self.best, self.since_best = found["step"], found["best"], found["since_best"]
-        log.forget(stage, self.step)
+        log.forget(stage, -1 if found is None else self.step)
 
     @abstractmethod
     def losses_of_step(self) -> Losses:
@@ -111,20 +111,17 @@ class Trainer(ABC):
             group["lr"] = group["highest"] * self._share_of_rate()
         self.optimiser.zero_grad()
         losses = self.losses_of_step()
-        self._check(losses.joint())
-        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.pace.clip)
+        self._check("loss", losses.joint())
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.pace.clip)
+        self._check("gradient", norm.item())  # before it is in the parameters, and in a checkpoint
         self.optimiser.step()
         self.step += 1
         rate = round(self.tokens_per_step / (time.monotonic() - started), 1)
         self.log.write(self.stage, self.step, **losses.figures(), tokens_per_s=rate)
         return losses
 
-    def _check(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise NotFinite(
-                f"{self.stage}: the loss is {loss} at step {self.step}; the last good checkpoint is kept in "
-                f"{self.checkpoint.path.parent}; lower the learning rate and train into another folder"
-            )
+    def _check(self, what: str, value: float) -> None:
+        check_finite(self.stage, what, value, self.step, self.checkpoint.path.parent)
 
     def _share_of_rate(self) -> float:
         """Up in a line, down along a cosine."""

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -16,7 +15,7 @@ from engine.engine import Engine, Prefilled, Prompt
 from engine.heads import full_depth
 from engine.record import Decoded
 from engine.spec import PolicySpec, policy
-from tests.bench.measure import Row, printed, ratio, seconds, summarise, write
+from tests.bench.measure import Row, peak_bytes, printed, ratio, seconds, summarise, write
 from tests.bench.peer import Peer
 
 PROMPT, NEW = 256, 64
@@ -210,17 +209,11 @@ def peak_memory() -> Row:
     return Row("peak memory over weights and the two caches, batch 8", value, value, value, "x", at_most=1.3)
 
 
-def _peak() -> int:
-    """Bytes at most so far. Not `ru_maxrss`: that begins with what the parent had."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
 def measure_peak() -> float:
     """In this process: load, prefill, decode, as every worker does but the first, which measures the machine."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401 - code is no memory of a model
 
-    before = _peak()
+    before = peak_bytes()
     own = Engine("smollm2-135m", "smollm2-135m")
     own.machine = Machine(bandwidth=1e10, peak=1e11)
     prefilled = own.prefill(prompts(own, 8), NEW)
@@ -228,7 +221,7 @@ def measure_peak() -> float:
     weights = own.stack.n_layers * own.stack.layer_parameters() + own.stack.unembedding.numel()
     cache = 2 * 2 * prefilled.start.cache.keys.numel()  # keys and values, of the prefill and of the policy's copy
     size = own.stack.unembedding.element_size()
-    return (_peak() - before) / ((weights + cache) * size)
+    return (peak_bytes() - before) / ((weights + cache) * size)
 
 
 def main() -> None:

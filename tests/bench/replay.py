@@ -2,15 +2,19 @@
 
 Each measurement is a process of its own, so that its peak is its own; times include reading the trace. Then what a
 trace of the real model costs, against the cost model and against the same pass and heads without a trace.
+
+In the environment: BENCH_TOKENS of the traces ("10000 100000 1000000"), BENCH_TIMES that each is replayed (3; the
+largest with most policies once).
 """
 
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +31,15 @@ from db.traces import insert_traces
 from engine.engine import Engine
 from engine.text import Prompt
 from tests.bench.main import code, prompts
-from tests.bench.measure import Row, printed, ratio, seconds, summarise, write
+from tests.bench.measure import Row, peak_bytes, printed, ratio, seconds, summarise, write
 from workers.pinned import Pinned
 
-SIZES = (10_000, 100_000, 1_000_000)
+SIZES = [int(size) for size in os.environ.get("BENCH_TOKENS", "10000 100000 1000000").split()]
 POLICIES = (100, 1_000)
 POINTS = (9, 12, 15, 18, 21, 24)
 N_LAYERS, TARGET, BATCH = 30, 20, 8
 #: repetitions of each size
-TIMES = 3
+TIMES = int(os.environ.get("BENCH_TIMES", 3))
 #: of the real model: prompt, target and rows of a batch
 PROMPT, TOKENS, ROWS = 256, 32, 8
 
@@ -112,37 +116,48 @@ def child(url: str, job_id: int, policies: int) -> None:
         trace = trace_of(db, job_id)
         found: list[Any] = []
         taken = seconds(lambda: found.append(replay_trace(trace, ReplaySpec(policies=grid(policies)))))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_bytes() / 2**30
     print(json.dumps({"seconds": taken, "peak": peak, "policies": len(found[0].policies), "tokens": found[0].tokens}))
 
 
 def measured(url: str, job_id: int, policies: int) -> dict[str, float]:
     """`child` in a process of its own."""
     command = [sys.executable, "-m", "tests.bench.replay", url, str(job_id), str(policies)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     told = json.loads(answer.splitlines()[-1])
     assert told["policies"] == policies, told
     return dict(told)
 
 
 def replays(folder: Path) -> Iterator[Row]:
-    """The timing table."""
+    """The timing table, and how times grow with tokens and with policies."""
     url = f"sqlite:///{folder / 'record.db'}"
-    with closing(open_database(url)) as db:
-        made = {size: make_trace(db, size) for size in SIZES}
-    per_token: dict[int, list[float]] = {}
-    for size, job_id in made.items():
+    taken: dict[tuple[int, int], list[float]] = {}
+    for size in SIZES:
+        with closing(open_database(url)) as db:
+            job_id = make_trace(db, size)
         for policies in POLICIES:
-            runs = [measured(url, job_id, policies) for _ in range(TIMES if size < SIZES[-1] else 1)]
+            once = (size, policies) == (max(SIZES), max(POLICIES))
+            runs = [measured(url, job_id, policies) for _ in range(1 if once else TIMES)]
             is_goal = (size, policies) == (100_000, 1_000)
-            taken, name = [run["seconds"] for run in runs], f"{policies:,} policies over {size:,} tokens, 6 exit points"
-            yield summarise(name, taken, "s", at_most=10 if is_goal else None)
+            name = f"{policies:,} policies over {size:,} tokens, 6 exit points"
+            taken[size, policies] = [run["seconds"] for run in runs]
+            yield summarise(name, taken[size, policies], "s", at_most=10 if is_goal else None)
             peaks = [run["peak"] for run in runs]
             yield summarise(f"{name}: peak memory", peaks, "GiB", at_most=2 if is_goal else None)
-            per_token.setdefault(policies, []).append(float(np.median(taken)) / size)
-    for policies, costs in per_token.items():
-        growth = costs[-1] / costs[-2]
-        yield Row(f"{policies:,} policies: a token of a million against one of 100,000", growth, growth, growth, "x")
+    for few, many in pairwise(SIZES):
+        for policies in POLICIES:
+            name = f"{policies:,} policies: a token of {many:,} against one of {few:,}"
+            yield growth(name, taken[many, policies], taken[few, policies], many / few)
+    few, many = POLICIES
+    for size in SIZES:
+        name = f"{size:,} tokens: a policy of {many:,} against one of {few:,}"
+        yield growth(name, taken[size, many], taken[size, few], many / few)
+
+
+def growth(name: str, more: list[float], less: list[float], times: float) -> Row:
+    """How much longer so many times more takes than in proportion: 1 is linear. Each run against each."""
+    return summarise(name, [one / other / times for one in more for other in less], "x")
 
 
 def traces() -> Iterator[Row]:
@@ -175,11 +190,16 @@ def traces() -> Iterator[Row]:
     yield ratio(f"a trace of {what} against prefill and heads alone", trace, parts)
 
 
+def everything() -> Iterator[Row]:
+    """Every row of the table, in its order."""
+    yield from traces()
+    with tempfile.TemporaryDirectory() as folder:
+        yield from replays(Path(folder))
+
+
 def main() -> None:
     """Print the table and write it to build/bench/replay.json."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows = printed(replays(Path(folder)))
-    write("replay", rows + printed(traces()))
+    write("replay", printed(everything()))
 
 
 if __name__ == "__main__":

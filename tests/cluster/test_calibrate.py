@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from cluster import jobs
 from cluster.calibrate.agreement import along_chains, calibrate_agreement, chains_of, losses_of, wrong_tokens
+from cluster.calibrate.found import is_faster
 from cluster.calibrate.policy_file import spec_of, write_policy_file
 from cluster.calibrate.pvalues import betting, fewest_groups, groups_for_quality, hoeffding_bentkus
 from cluster.calibrate.quality import calibrate_quality, in_sequence, live_losses, parts_of
@@ -158,6 +159,22 @@ def test_nothing_is_promised_that_is_not_kept(of_full: Trace) -> None:
     assert all(not one.kept or not one.faster for one in made.tried)
 
 
+def test_chains_share_what_may_go_wrong(of_full: Trace) -> None:
+    """Protects the confidence where several chains are asked for: each is tested at its part of the level only."""
+    both = [*GRID, {"confidence": {"threshold": {"from": 0.5, "to": 1.0, "steps": 3}}}]
+    made = agreed(of_full, 0.9, both)
+    assert made.promise is not None
+    assert made.promise.tested == 2
+    assert made.promise.level == pytest.approx(0.1 / 2)
+    assert all(one.p_value <= 0.05 for one in made.tried if one.kept)
+    assert {one.kept for one in made.tried if one.p_value is not None and one.p_value > 0.05} <= {False}
+
+
+def test_what_reads_as_full_depths_speed_is_not_promised() -> None:
+    """Protects users from a promise for nothing: 1.00× is not faster, whatever digits follow."""
+    assert [is_faster(speed) for speed in (0.9, 1.0, 1.004, 1.006)] == [False, False, False, True]
+
+
 def test_a_promise_stays_with_what_it_was_given_for(db: Database, of_full: Trace) -> None:
     """Protects readers of a promise: another threshold, length, model or other weights are refused under its name."""
     spec = spec_of(agreed(of_full, 0.9), of_full)
@@ -242,6 +259,8 @@ def test_command_line(db: Database, of_full: Trace, tmp_path: Path) -> None:
     assert json.loads(kept.stdout)["promise"]["bound"] == 0.9
     assert "With 90 % confidence" in file.read_text()
     assert CliRunner().invoke(app, ["validate", str(file)]).exit_code == 0
+    again = CliRunner().invoke(app, ["trace", str(file), "--inline", "--database", f"sqlite:///{tmp_path / 'own.db'}"])
+    assert again.exit_code == 0, again.output  # the policy is left aside, and the promise with it
     refused = CliRunner().invoke(app, [*asked, "--max-disagree", "0.06"])
     assert refused.exit_code in (1, 3)
     assert "nothing is promised: " in refused.stderr

@@ -91,6 +91,15 @@ def test_the_report_says_so_and_scoring_again_is_refused(world: World, source: P
         rescoring.rescore(db, job, ["es"])
 
 
+def test_a_trace_would_keep_the_text_and_is_refused(world: World, source: Path) -> None:
+    """Its tokens, and the target as its outcome's text, would be in the record."""
+    asked = {"source": str(source), "store_text": False}
+    fields = {name: value for name, value in world.fields(benchmarks=[asked]).items() if name != "policies"}
+    with pytest.raises(BadInput, match="store_text is false, and a trace keeps the tokens of its targets"):
+        parse_job(fields | {"trace": "reference"})
+    parse_job(fields | {"trace": "reference", "benchmarks": [{"source": str(source)}]})
+
+
 def test_a_source_that_changed_meanwhile_is_not_completed(world: World, source: Path, db: Database) -> None:
     """One sentence, the shard goes back, and with the source as it was the job goes on."""
     job = jobs.submit(db, spec(world, source, store_text=False))

@@ -19,6 +19,7 @@ from cluster.study.counting import share
 from cluster.study.kinds import kinds_of, text_before
 from cluster.study.report import Study, study
 from cluster.traced import Trace, trace_of
+from db.labels import Label, keep_labels
 from db.records import JobState
 from db.results import completions
 from db.session import Database, open_database
@@ -127,6 +128,31 @@ def test_continuations(db: Database, trace: Trace, world: World, continued: Stud
         assert row.sample.source_group == originals[name]["file"]
     value = np.mean([row.scores["es"] for row in rows if row.sample.name.endswith(" wrong")])
     assert found.wrong.scores["es"].value == pytest.approx(value)
+
+
+def test_what_people_said_of_continuations(db: Database, trace: Trace, continued: Study) -> None:
+    """Protects the 4.2 %: each arm's share of what judges accept, over what was judged, long after it was made."""
+    made = continued.continued
+    assert made is not None
+    assert "acceptance_rate" not in made.wrong.scores
+    rows = list(completions(db, job_id=made.job_id))
+    wrong = [row for row in rows if row.sample.name.endswith(" wrong")][:4]
+    right = [row for row in rows if row.sample.name.endswith(" right")][:3]
+    said = [Label(row.sample.id, row.outcome.text or "", row in (wrong[0], *right)) for row in (*wrong, *right)]
+    keep_labels(db, made.job_id, "ann", said)
+    keep_labels(db, made.job_id, "bob", [Label(wrong[0].sample.id, wrong[0].outcome.text or "", False)])
+    again = study(trace, Settings(), continued_job=made.job_id).continued
+    assert again is not None
+    assert again.wrong.scores["acceptance_rate"].value == pytest.approx(0.5 / 4)
+    assert again.right.scores["acceptance_rate"].value == 1
+    assert again.wrong.scores["es"] == made.wrong.scores["es"]
+    told = CliRunner().invoke(
+        app, ["study", str(trace.run.job_id), "--continued", str(made.job_id), "--database", db.url]
+    )
+    assert told.exit_code == 0, told.output
+    assert "accepted by people" in told.stdout
+    with pytest.raises(BadInput, match=r"does not continue the trace of job \d+ on .*; make one that does"):
+        study(trace, Settings(), continued_job=trace.run.job_id)
 
 
 def test_bad_input(db: Database, world: World, trace: Trace) -> None:

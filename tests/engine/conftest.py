@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from engine.engine import Engine
 from engine.loading import load_model
+from engine.training.spec import TrainSpec
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,3 +66,29 @@ def smollm2(_smollm2: Engine) -> Iterator[Engine]:
 def smollm2_peer(_smollm2: Engine) -> PreTrainedModel:
     """The same weights as `transformers` runs them."""
     return load_model(_smollm2.facts)
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> TrainSpec:
+    """A tiny model, two folders of code to learn from, and one to be measured on."""
+    monkeypatch.setenv("SHORTSTOP_CACHE", str(tmp_path / "cache"))
+    for name, word in (("one", "alpha"), ("two", "beta"), ("kept", "gamma")):
+        for file in range(6):
+            path = tmp_path / name / "pkg" / f"m{file}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(f"def {word}_{file}_{i}(x):\n    return x + {i}" for i in range(12)))
+    return TrainSpec(
+        model=str(tiny_folder("llama")),
+        corpus=[str(tmp_path / "one"), str(tmp_path / "two")],
+        holdout=[str(tmp_path / "kept")],
+        exit_points=(2, 4),
+        rank=4,
+        shortlist=64,
+        tokens=1000,
+        holdout_tokens=500,
+        context=32,
+        epochs=8,
+        batch_tokens=64,
+        device="cpu",
+        save_every=0,
+    )

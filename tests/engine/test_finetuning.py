@@ -1,6 +1,7 @@
 """Fine-tuning: a model learns a language, goes on where it was interrupted, and is then a model like any other."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,23 @@ def test_an_interrupted_fine_tuning_ends_as_an_unbroken_one(spec: FineTuneSpec, 
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not (tmp_path / "broken.work").exists()
+
+
+def test_a_full_disk_at_the_very_end_loses_nothing(spec: FineTuneSpec, tmp_path: Path) -> None:
+    """The model that would be written has no room: one sentence, no half of it, and the command goes on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(now: Progress) -> None:
+        if now.done == now.total:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+
+    try:
+        with pytest.raises(BadInput, match=r"^out: .*model cannot be written .* make room"):
+            finetune(spec, tmp_path / "model", fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.log.jsonl", "model.work"]
+    assert (finetune(spec, tmp_path / "model") / NOTE).exists()
 
 
 @pytest.mark.parametrize(

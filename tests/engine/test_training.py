@@ -1,7 +1,5 @@
 """Training: seeded, resumable, honest about what it learned from, and refused in one sentence where it cannot be."""
 
-import resource
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import HIDDEN, own_cache
+from training_world import PowerCut, changed, cut_at
 
 from engine.controllers import promised
 from engine.engine import Engine
 from engine.errors import BadInput
 from engine.exits import TENSORS, read_manifest
-from engine.training.checkpoint import NotFinite
 from engine.training.heads import HeadTrainer
 from engine.training.labels import labels, left_before
 from engine.training.scores import auroc, lift, reliability_bins
@@ -22,50 +20,6 @@ from engine.training.spec import Target, TrainSpec
 from engine.training.states import States
 from engine.training.targets import targets
 from engine.training.train import train
-from engine.training.trainer import Losses
-from engine.training.workplace import Progress
-
-
-class PowerCut(Exception):
-    """Ends a training from outside, wherever it is."""
-
-
-@pytest.fixture
-def world(tmp_path: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> TrainSpec:
-    """A tiny model, two folders of code to learn from, and one to be measured on."""
-    monkeypatch.setenv("SHORTSTOP_CACHE", str(tmp_path / "cache"))
-    for name, word in (("one", "alpha"), ("two", "beta"), ("kept", "gamma")):
-        for file in range(6):
-            path = tmp_path / name / "pkg" / f"m{file}.py"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(f"def {word}_{file}_{i}(x):\n    return x + {i}" for i in range(12)))
-    return TrainSpec(
-        model=str(tiny_folder("llama")),
-        corpus=[str(tmp_path / "one"), str(tmp_path / "two")],
-        holdout=[str(tmp_path / "kept")],
-        exit_points=(2, 4),
-        rank=4,
-        shortlist=64,
-        tokens=1000,
-        holdout_tokens=500,
-        context=32,
-        epochs=8,
-        batch_tokens=64,
-        device="cpu",
-        save_every=0,
-    )
-
-
-def cut_at(stage: str, done: int) -> Callable[[Progress], None]:
-    def on_progress(progress: Progress) -> None:
-        if progress.stage == stage and progress.done >= done:
-            raise PowerCut
-
-    return on_progress
-
-
-def changed(spec: TrainSpec, **fields: object) -> TrainSpec:
-    return TrainSpec.model_validate(spec.model_dump() | fields)
 
 
 @pytest.mark.parametrize(
@@ -187,18 +141,12 @@ def test_scores_of_a_class() -> None:
     assert bins == [(pytest.approx(0.05), 0.5, 2), (pytest.approx(0.975), 1.0, 2)]
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(
-    world: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = HeadTrainer.losses_of_step
-
-    def broken(self: HeadTrainer) -> Losses:
-        return Losses(exits={2: float("nan")}) if self.step == 55 else steps(self)
-
-    monkeypatch.setattr(HeadTrainer, "losses_of_step", broken)
-    with pytest.raises(NotFinite, match="at step 55"):
-        train(world, tmp_path / "bundle")
-    assert torch.load(tmp_path / "bundle.work" / "heads.pt", weights_only=True)["step"] == 55
+def test_a_start_whose_untied_heads_do_not_fit_is_refused(world: TrainSpec, tmp_path: Path) -> None:
+    world = changed(world, head="untied", controller=None, epochs=1)
+    train(world, tmp_path / "first")
+    with pytest.raises(BadInput, match="untied heads over a shortlist of 64, the spec wants 32; make them the same"):
+        train(changed(world, start=str(tmp_path / "first"), shortlist=32), tmp_path / "second")
+    assert not (tmp_path / "second.work").exists()
 
 
 @pytest.mark.parametrize(
@@ -219,21 +167,6 @@ def test_a_spec_that_cannot_be_trained_is_refused(
     assert says in str(refused.value)
     assert not (tmp_path / "bundle").exists()
     assert not (tmp_path / "bundle.work").exists()
-
-
-def test_a_disk_without_room_for_states_is_told_before_anything_is_computed(world: TrainSpec, tmp_path: Path) -> None:
-    """Writing to a mapped file that has no disk behind it would end the process without a word."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    told: list[Progress] = []
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        with pytest.raises(BadInput, match=r"has no room for .* GB of states"):
-            train(world, tmp_path / "bundle", told.append)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert told == []
-    assert not (tmp_path / "bundle").exists()
-    train(world, tmp_path / "bundle")
 
 
 def test_candidates_estimate_sums_over_all_outputs_without_bias(world: TrainSpec, tmp_path: Path) -> None:

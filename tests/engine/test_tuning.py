@@ -271,6 +271,10 @@ def test_a_start_of_another_rank_is_refused(spec: TrainSpec, tmp_path: Path) -> 
     other = spec.model_copy(update={"start": str(tmp_path / "first"), "rank": 8})
     with pytest.raises(BadInput, match="make them the same"):
         train(other, tmp_path / "second")
+    lower = changed(spec, rank=2).model_copy(update={"start": str(tmp_path / "first")})
+    with pytest.raises(BadInput, match=r"tuning.rank is 2, but the deltas of .* have rank 4; give that at least"):
+        train(lower, tmp_path / "third")
+    assert not (tmp_path / "third.work").exists()
 
 
 def made_tuner(spec: TrainSpec, tmp_path: Path) -> Tuner:
