@@ -413,5 +413,5 @@ def insert_new(connection: Connection, table: Table, values: dict[str, Any]) -> 
 
 
 # of the same metadata, in files of their own
-import db.key_tables  # noqa: E402, F401
+import db.key_tables  # noqa: E402
 import db.schedule_tables  # noqa: E402, F401
