@@ -18,8 +18,8 @@ from sqlalchemy import and_, bindparam, delete, insert, or_, select, update
 from db.clock import now
 from db.errors import BadInput, Missing
 from db.events import LOCAL
+from db.key_tables import api_key, browser_session
 from db.session import Database
-from db.tables import api_key, browser_session
 
 #: a key's last use is written when the one that stands there is older
 USED_SECONDS = 60.0

@@ -396,29 +396,6 @@ noise_pair = Table(
     Index("ix_noise_pair_content_hash", "content_hash", "policy", "device_class"),
 )
 
-#: what lets a client in; the secret itself is known to its owner only
-api_key = Table(
-    "api_key",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("name", Text, nullable=False),
-    Column("secret_hash", Text, nullable=False),
-    Column("scopes", JSON, nullable=False),
-    Column("created_at", Double, nullable=False),
-    Column("expires_at", Double),
-    Column("last_used_at", Double),
-    Column("revoked_at", Double),
-)
-
-#: a browser that is logged in: it holds a secret of its own, and may what the key may
-browser_session = Table(
-    "browser_session",
-    metadata,
-    Column("token_hash", Text, primary_key=True),
-    Column("key_id", Text, ForeignKey("api_key.id"), nullable=False),
-    Column("expires_at", Double, nullable=False),
-)
-
 
 #: References that PostgreSQL does not look up: it would for every row, and a commit would take twice as long. Who
 #: writes them holds the shard (the fence) or the job (`db.rescoring`); what they refer to goes after them, and when
@@ -435,4 +412,6 @@ def insert_new(connection: Connection, table: Table, values: dict[str, Any]) -> 
     return connection.execute(written).first() is not None
 
 
-import db.schedule_tables  # noqa: E402, F401 - of the same metadata, and a file of their own
+# of the same metadata, in files of their own
+import db.key_tables  # noqa: E402
+import db.schedule_tables  # noqa: E402, F401
