@@ -127,7 +127,9 @@ def run_block(language: str, text: str, folder: Path) -> None:
 @pytest.fixture
 def reader(folder: Path, tmp_path: Path) -> Path:
     """The reader's place, with a record of its own."""
-    shutil.copytree(folder, tmp_path / "reader", ignore=shutil.ignore_patterns("record.db*", "my-exits", "job-1", "to-judge*"))
+    shutil.copytree(
+        folder, tmp_path / "reader", ignore=shutil.ignore_patterns("record.db*", "my-exits", "job-1", "to-judge*")
+    )
     return tmp_path / "reader"
 
 
