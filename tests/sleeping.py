@@ -62,10 +62,6 @@ def made(runs: Sequence[RunRow], batch: int, samples: Sequence[SampleRow]) -> Sh
 class SleepingWorker(Worker):
     """Refuses a job that pins another machine's weights, as the real one does; on a bad machine it dies."""
 
-    def _with_texts(self, shard: ClaimedShard) -> ClaimedShard:
-        """As it is: a job that sleeps pins little of what a real one does, and its texts are in the record."""
-        return shard
-
     def evaluation(self, shard: ClaimedShard, proceed: Callable[[], None]) -> Any:
         if os.environ.get("SLEEPING_DEADLY"):
             os.kill(os.getpid(), signal.SIGKILL)
