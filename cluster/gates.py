@@ -42,12 +42,14 @@ class Rule(Spec):
     """One line of a gate file."""
 
     metric: str = Field(min_length=1, description="a metric, `errors`, `speedup_token` or `speedup_request`")
-    max_loss: float | None = Field(None, ge=0, description="how much worse B may be than A")
-    min: float | None = Field(None, description="how good B must be, whatever A is")
+    max_loss: float | None = Field(None, ge=0, allow_inf_nan=False, description="how much worse B may be than A")
+    min: float | None = Field(None, allow_inf_nan=False, description="how good B must be, whatever A is")
     scale: Literal["relative", "absolute"] = Field(
         "relative", description="of max_loss and margin: a share of A's value, or the metric's own unit"
     )
-    margin: float = Field(0.02, ge=0, description="how far beyond it uncertainty may reach for a pass")
+    margin: float = Field(
+        0.02, ge=0, allow_inf_nan=False, description="how far beyond it uncertainty may reach for a pass"
+    )
     benchmark: str | None = Field(None, min_length=1, description="only on this one")
     policy: str | None = Field(None, min_length=1, description="only under this one of B's")
 

@@ -11,6 +11,7 @@ from cluster.comparing.confirming import _settled
 from cluster.comparing.model import Comparison, Difference, Floor, PairComparison, Side
 from cluster.gates import Gate, Outcome, Verdict, decide, parse_gate
 from cluster.reports.model import Estimate
+from engine.errors import BadInput
 
 NOTHING: dict[str, Any] = {
     "exact": 1.0,
@@ -79,6 +80,15 @@ def said(rule: dict[str, Any], one: Difference, **fields: Any) -> Verdict:
 )
 def test_certainly_more_fails_and_certainly_no_more_passes(change: float, half: float, outcome: Outcome) -> None:
     assert said({"metric": "es", "max_loss": 0.02}, quality(change, half)).outcome is outcome
+
+
+@pytest.mark.parametrize("field", ["max_loss", "min", "margin"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_limit_is_a_number(field: str, value: float) -> None:
+    """Else a rule would hold, or tell nothing, whatever comes."""
+    rule = {"metric": "es", "max_loss": 0.1} if field == "margin" else {"metric": "es"}
+    with pytest.raises(BadInput, match=f"field 'rules.0.{field}' is (nan|inf); "):
+        gate(rule | {field: value})
 
 
 def test_absolute_losses_are_in_the_metrics_unit() -> None:
