@@ -12,9 +12,9 @@ demo: $(STAMP)
 	@mkdir -p build
 	$(BIN)/shortstop run examples/demo.yaml --database sqlite:///build/demo.db --html build/demo.html
 
-# Most tests wait: for Ray, for a lease to end, for a browser. Two at a time fill two cores.
+# Most tests wait: for Ray, for a lease to end, for a browser. Four at a time fill two cores.
 test: $(STAMP)
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/pytest -n 4 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(STAMP)
 	$(BIN)/pytest
