@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -53,6 +54,8 @@ class Served:
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         assert self.process.stderr is not None
         line = next(line for line in self.process.stderr if line.startswith("serving on "))
+        # a pipe that nobody reads holds 64 kB, and then the server waits
+        threading.Thread(target=deque, args=(self.process.stderr, 0), daemon=True).start()
         self.url = line.split()[2].rstrip(",")
         self.port = int(self.url.rsplit(":", 1)[1])
 
@@ -61,7 +64,7 @@ class Served:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
 
 
 @contextmanager
@@ -71,7 +74,7 @@ def serving(database_url: str, folder: Path) -> Iterator[Served]:
         yield served
     finally:
         served.process.terminate()
-        served.process.communicate()
+        served.process.wait()
 
 
 def keys_of(db: Database, count: int) -> list[str]:

@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[1] / "engine"))
 # workers of a fleet are made of what stands there, too
 os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
+from caches import cache_beside_the_users
 from lines_record import copied, make_record
 from served import Site, opened_site
 from small_world import World, bundle, columns, write_prompts
@@ -28,7 +29,7 @@ set_up_ray()
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the engine keeps of these models belongs in a temporary folder, here and in every process started here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHORTSTOP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("SHORTSTOP_CACHE", str(cache_beside_the_users(tmp_path_factory.mktemp("cache"))))
         yield
 
 

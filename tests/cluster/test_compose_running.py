@@ -113,7 +113,7 @@ def test_a_job_goes_through_the_services_of_the_compose_file(world: World, state
     project = compose(ROOT / "docker-compose.yml", state, SHORTSTOP_RAY_PORT=port, **secrets)
     spec = world.spec_file(state / "spec.yaml", policies=["full"])
     # the volume of a project that ran before, so that loops need not be compiled once more
-    shutil.copytree(os.environ["SHORTSTOP_CACHE"], state / "volumes" / "state" / "cache")
+    shutil.copytree(os.environ["SHORTSTOP_CACHE"], state / "volumes" / "state" / "cache", symlinks=True)
     up = project.up(*SERVICES)
     try:
         project.wait_until_up(up)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from served import serving
 from typer.testing import CliRunner, Result
 
 from cluster.cli import app
@@ -43,14 +44,18 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return thawed
 
 
-def kept(file: Path) -> list[list[tuple[Any, ...]]]:
+def rows(file: Path, sql: str) -> list[tuple[Any, ...]]:
     with closing(sqlite3.connect(file)) as connection:
-        return [connection.execute(sql).fetchall() for sql in KEPT]
+        return connection.execute(sql).fetchall()
+
+
+def kept(file: Path) -> list[list[tuple[Any, ...]]]:
+    return [rows(file, sql) for sql in KEPT]
 
 
 def revision(file: Path) -> str:
-    with closing(sqlite3.connect(file)) as connection:
-        return str(connection.execute("SELECT version_num FROM alembic_version").fetchone()[0])
+    [(number,)] = rows(file, "SELECT version_num FROM alembic_version")
+    return str(number)
 
 
 def test_there_are_frozen_records() -> None:
@@ -80,8 +85,8 @@ def test_an_old_record_is_as_good_as_new_after_an_upgrade(file: Path, tmp_path: 
     [benchmark] = report["benchmarks"]
     assert [run["policy"][: len(name)] for run, name in zip(benchmark["runs"], POLICIES, strict=True)] == POLICIES
     counted = "SELECT decision, count(*) AS n, count(draft_layer) AS drafts FROM token GROUP BY 1 ORDER BY 1"
-    rows = answered("query", counted, *database)
-    assert [tuple(row.values()) if isinstance(row, dict) else tuple(row) for row in rows] == [
+    answers = answered("query", counted, *database)
+    assert [tuple(row.values()) if isinstance(row, dict) else tuple(row) for row in answers] == [
         ("exit", 138, 0),
         ("full", 521, 0),
         ("stop", 20, 0),
@@ -90,4 +95,16 @@ def test_an_old_record_is_as_good_as_new_after_an_upgrade(file: Path, tmp_path: 
     other = ("--database", f"sqlite:///{tmp_path / 'other.db'}")
     assert call("import", tmp_path / "exported", *other).exit_code == 0
     assert call("db", "check", *other).exit_code == 0
-    assert answered("query", counted, *other) == rows
+    assert answered("query", counted, *other) == answers
+
+
+def test_its_pages_are_shown(file: Path, tmp_path: Path) -> None:
+    """Also where its jobs say nothing of what specs can say since."""
+    url = f"sqlite:///{file}"
+    assert call("db", "upgrade", "--database", url).exit_code == 0
+    with serving(url, tmp_path / "uploads") as served:
+        for page in ("/", "/jobs/1", "/jobs/1?save=1", "/jobs/1/completions", "/compare?b=1", "/system"):
+            assert served.ask("GET", page).status_code == 200, page
+        [(sample,)] = rows(file, "SELECT min(id) FROM sample")
+        assert served.ask("GET", f"/jobs/1/completions/{sample}").status_code == 200
+        assert served.ask("GET", "/v1/jobs/1/report?format=html").status_code == 200

@@ -195,7 +195,7 @@ def test_the_last_shard_is_shared(db: Database) -> None:
 
 
 def test_each_worker_has_a_gpu_of_its_own(db: Database) -> None:
-    job_id = sleeping_job(db, 4, 0.5, device="cuda")
+    job_id = sleeping_job(db, 4, 2.0, device="cuda")
     with running(SleepingFleet(db, workers=None)) as fleet:
         wait_for("two at work", lambda: len([pulse for pulse in fleet.pulses() if pulse.task_id]) == 2)
         held = [m.actor.__ray_call__.remote(gpu_ids) for m in fleet._crew.members]
@@ -205,7 +205,7 @@ def test_each_worker_has_a_gpu_of_its_own(db: Database) -> None:
 
 
 def test_a_share_of_a_gpu_lets_more_workers_use_it_and_none_is_timed(db: Database) -> None:
-    sleeping_job(db, 8, 0.5, device="cuda")
+    sleeping_job(db, 8, 600, step=0.1, device="cuda")
     with running(SleepingFleet(db, workers=None, gpus_per_worker=0.5)) as fleet:
         wait_for("four at work", lambda: len([pulse for pulse in fleet.pulses() if pulse.task_id]) == 4)
         timed = [m.actor.__ray_call__.remote(is_timed) for m in fleet._crew.members]

@@ -87,7 +87,7 @@ def test_a_spec_that_asks_for_what_is_not_there_is_refused(
 def test_a_loss_that_is_no_number_ends_with_1_and_names_the_step(
     fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "take_step", lambda self: self._check(float("inf")))
+    monkeypatch.setattr(Trainer, "take_step", lambda self: self._check("loss", float("inf")))
     spec = fields | {"exit_points": [2], "rank": 2}
     result = call("train", "-", "--out", tmp_path / "bundle", stdin=yaml.safe_dump(spec))
     assert result.exit_code == 1, result.stderr
