@@ -1,5 +1,6 @@
 """Reading results back: samples, completions and tokens in the benchmark's order, and what a summary is made of."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -157,9 +158,9 @@ def _score_columns(
 ) -> dict[str, npt.NDArray[np.float64]]:
     current = (score.c.run_id == one.id, score.c.revision == (run.c.score_revision if revision is None else revision))
     chosen = select(score.c.metric, score.c.sample_id, score.c.value).join(run).where(*current)
-    columns: dict[str, npt.NDArray[np.float64]] = {}
+    columns: defaultdict[str, npt.NDArray[np.float64]] = defaultdict(lambda: np.full(len(place), np.nan))
     for metric, sample_id, value in connection.execute(chosen):
-        columns.setdefault(metric, np.full(len(place), np.nan))[place[sample_id]] = value
+        columns[metric][place[sample_id]] = value
     return {metric: columns[metric] for metric in sorted(columns)}
 
 
