@@ -19,7 +19,7 @@ from cluster.pages.forms import Changes, Posted
 from cluster.pages.showing import PageRoute, see_other, show
 from cluster.prepare import Validation
 from cluster.spec import parse_job
-from db import jobs
+from db import events, jobs
 from db.listing import JobSummary, summaries
 from db.records import JobState
 from db.session import Database
@@ -53,6 +53,8 @@ class Line:
     job: JobSummary
     done: int | None
     total: int | None
+    #: state and last event that it shows: what a stream tells first may be later. Empty: it shows what has passed
+    told: str
 
 
 @router.get("/")
@@ -78,6 +80,7 @@ def list_jobs(
         search=search or None,
         principal=principal or None,
     )
+    marks = events.marks(state.db, [row.id for row in found])
     newest = summaries(state.db, limit=1)
     filters = [*(("state", word) for word in asked), ("search", search), ("principal", principal)]
     filters = [(name, value) for name, value in filters if value]
@@ -87,7 +90,7 @@ def list_jobs(
         caller,
         "jobs.html.j2",
         scripts=("live.js", "jobs.js"),
-        lines=[_line(state.db, row) for row in found[:PAGE]],
+        lines=[_line(state.db, row, *marks[row.id]) for row in found[:PAGE] if row.id in marks],
         states=list(JobState),
         asked=asked,
         search=search,
@@ -100,9 +103,9 @@ def list_jobs(
     )
 
 
-def _line(db: Database, row: JobSummary) -> Line:
+def _line(db: Database, row: JobSummary, state: JobState, mark: int) -> Line:
     done, total = (None, None) if row.state.ended else jobs.batches(db, row.id)
-    return Line(row, done, total)
+    return Line(row, done, total, told=f"{state} {mark}" if state == row.state else "")
 
 
 @router.get("/submit")

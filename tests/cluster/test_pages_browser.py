@@ -150,6 +150,31 @@ def test_the_list_of_jobs_follows_what_happens(scene: Scene, browser: Browser) -
     assert_quiet(browser, scene)
 
 
+#: a stream that takes two seconds to come about
+LATE_STREAMS = """
+const Real = window.EventSource;
+window.EventSource = class {
+  constructor(url) {
+    setTimeout(() => (this.real = new Real(url)).onmessage = (event) => this.onmessage(event), 2000);
+  }
+  close() { this.real?.close(); }
+};
+"""
+
+
+def test_what_happens_before_a_list_listens_is_shown(scene: Scene, browser: Browser) -> None:
+    job_id = cluster_jobs.submit(scene.db, scene.world.spec(name="short"), principal="alice")
+    late = browser.call("Page.addScriptToEvaluateOnNewDocument", source=LATE_STREAMS)
+    try:
+        browser.open(scene.served.url + "/")
+    finally:
+        browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=late["identifier"])
+    mine = f"document.querySelector('[data-job=\"{job_id}\"] .state')?.textContent"
+    assert browser.evaluate(mine) == "preparing"
+    jobs.cancel_job(scene.db, job_id)
+    browser.wait_for(f"{mine} === 'cancelled'")
+
+
 def test_a_filtered_list_only_says_that_there_is_more(scene: Scene, browser: Browser) -> None:
     browser.open(scene.served.url + "/?search=nightly")
     assert browser.evaluate("document.querySelectorAll('[data-job]').length") == 1

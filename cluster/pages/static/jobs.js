@@ -30,7 +30,8 @@ if (lines) {
   const update = (id, { state, mark, done, total }) => {
     const line = document.querySelector(`[data-job="${id}"]`);
     if (!line) return;
-    if (told[id] && told[id] !== `${state} ${mark}`) again();
+    // at first against what the line itself shows: much may have happened before the stream was there
+    if ((told[id] ?? line.dataset.told) !== `${state} ${mark}`) again();
     told[id] = `${state} ${mark}`;
     const bar = line.querySelector("progress");
     if (!bar || total === undefined) return;
