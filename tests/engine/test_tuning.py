@@ -38,29 +38,10 @@ train(TrainSpec.model_validate_json(sys.stdin.read()), Path(sys.argv[1]),
 
 
 @pytest.fixture
-def spec(tmp_path: Path, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> TrainSpec:
-    monkeypatch.setenv("SHORTSTOP_CACHE", str(tmp_path / "cache"))
-    for name in ("one", "two", "kept"):
-        for file in range(6):
-            path = tmp_path / name / f"m{file}.py"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("\n".join(f"def {name}_{file}_{i}(x):\n    return x + {i}" for i in range(12)))
-    return TrainSpec(
-        model=str(tiny_folder("llama")),
-        corpus=[str(tmp_path / "one"), str(tmp_path / "two")],
-        holdout=[str(tmp_path / "kept")],
-        exit_points=(2, 4),
-        rank=4,
-        shortlist=64,
-        tokens=1000,
-        holdout_tokens=500,
-        context=32,
-        epochs=1,
-        batch_tokens=64,
-        device="cpu",
-        threads=1,
-        tuning=TUNING,  # type: ignore[arg-type]
-    )
+def spec(world: TrainSpec) -> TrainSpec:
+    """The same model and code, one epoch of heads, then tuning."""
+    here = world.model_dump(exclude={"save_every"}) | {"epochs": 1, "threads": 1, "tuning": TUNING}
+    return TrainSpec.model_validate(here)
 
 
 def changed(spec: TrainSpec, **tuning: Any) -> TrainSpec:
