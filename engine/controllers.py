@@ -8,15 +8,18 @@ they are multiplied by exp(bias) and made to sum to 1 again.
 
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine import native
 from engine.exits import AFTER_EXIT
 from engine.spec import ControllerKind
 
 #: continue, exit, stop
 CLASSES = 3
 SEC = "controller"
+DETECTOR_WEIGHT, DETECTOR_BIAS = "detector.weight", "detector.bias"
 
 
 class Controller:
@@ -25,7 +28,9 @@ class Controller:
     def __init__(self, kind: ControllerKind, points: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         self.kind = kind
         if kind == "sec":
+            nothing = tensors[SEC].new_zeros(CLASSES)
             self.weights = dict.fromkeys(points, tensors[SEC])
+            self.biases, self.after_exit = dict.fromkeys(points, nothing), nothing
         else:
             self.weights = {point: tensors[weight_name(point)] for point in points}
             self.biases = {point: tensors[bias_name(point)] for point in points}
@@ -36,16 +41,38 @@ class Controller:
         """Whether it matters that the row's token before left early."""
         return self.kind == "calibrated"
 
-    def logits(self, point: int, states: Tensor, left: Tensor | None = None) -> Tensor:
-        """[states, 3]; left: [states] whether the token before each left early; None: none did."""
-        if self.kind == "sec":
-            return F.linear(states, self.weights[point]).float()
-        logits = F.linear(in_own_size(states), self.weights[point], self.biases[point]).float()
-        return logits if left is None else logits + left[:, None] * self.after_exit.float()
+    def __call__(self, point: int, states: Tensor, left: Sequence[bool] | Tensor | None = None) -> Tensor:
+        """Probabilities of continue, exit and stop [states, 3].
 
-    def __call__(self, point: int, states: Tensor, left: Tensor | None = None) -> Tensor:
-        """Probabilities of continue, exit and stop [states, 3]."""
-        return self.logits(point, states, left).softmax(dim=-1)
+        left: [states] whether the token before each left early; None: none did.
+        """
+        weight, bias = self.weights[point], self.biases[point]
+        if native.fits(states):
+            before = [False] * len(states) if left is None else left
+            return native.judge(states, weight, bias, self.recalls, before, self.after_exit)
+        logits = F.linear(in_own_size(states) if self.recalls else states, weight, bias).float()
+        if left is not None and self.recalls:
+            logits += torch.as_tensor(left, device=states.device)[:, None] * self.after_exit.float()
+        return logits.softmax(dim=-1)
+
+
+class Detector:
+    """From states behind the last layer, the probability that the shortlist has the token that full depth would write.
+
+    Logistic regression on the state in units of its own size.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        weight, bias = tensors[DETECTOR_WEIGHT], tensors[DETECTOR_BIAS]
+        # Two classes, of which the first says nothing: softmax of the two is the sigmoid of the second.
+        self.weight = torch.stack([torch.zeros_like(weight), weight])
+        self.bias = torch.cat([torch.zeros_like(bias), bias])
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """[states, hidden] to [states]."""
+        if native.fits(states):
+            return native.judge(states, self.weight, self.bias, True, [False] * len(states), self.bias)[:, 1]
+        return F.linear(in_own_size(states), self.weight, self.bias).float().softmax(dim=-1)[:, 1]
 
 
 def in_own_size(states: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Debts(ABC):
         #: layers computed so far for each forward pass, [rows, steps]
         self.layers_run: npt.NDArray[np.int16] = np.zeros((len(prompts), steps), np.int16)
         self.layers_run[:, 0] = stack.n_layers
+        self._last = Span([], [], [])
 
     @abstractmethod
     def join(self, rows: list[int], steps: list[int], layer: int, states: Tensor) -> tuple[Span, Tensor]:
@@ -62,8 +63,11 @@ class Debts(ABC):
         return rows, [position - self.prompts[row] + 1 for row, position in zip(rows, positions, strict=True)]
 
     def _newest(self, rows: list[int], steps: list[int]) -> Span:
+        """One and the same span while the same tokens go on: what a stack makes of it is made once."""
         positions = [self.prompts[row] + step - 1 for row, step in zip(rows, steps, strict=True)]
-        return Span(rows, positions, [1] * len(rows))
+        if self._last.rows != rows or self._last.starts != positions:
+            self._last = Span(rows, positions, [1] * len(rows))
+        return self._last
 
 
 class _Settled(Debts):
@@ -73,7 +77,8 @@ class _Settled(Debts):
         return self._newest(rows, steps), states
 
     def advance(self, span: Span, states: Tensor, layer: int) -> None:
-        self.layers_run[self.steps_of(span)] = layer
+        for row, position in zip(span.rows, span.starts, strict=True):
+            self.layers_run[row, position - self.prompts[row] + 1] = layer
 
 
 class Copied(_Settled):
@@ -104,10 +109,10 @@ class Deferred(Debts):
 
     def join(self, rows: list[int], steps: list[int], layer: int, states: Tensor) -> tuple[Span, Tensor]:
         firsts = [self._first_at(row, step, layer) for row, step in zip(rows, steps, strict=True)]
+        if firsts == steps:
+            return self._newest(rows, steps), states
         counts = [step - first + 1 for step, first in zip(steps, firsts, strict=True)]
         span = Span(rows, [self.prompts[row] + first - 1 for row, first in zip(rows, firsts, strict=True)], counts)
-        if span.single:
-            return span, states
         self.states[rows, steps] = states
         return span, self.states[self.steps_of(span)]
 

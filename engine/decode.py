@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine import native
 from engine.cache import KeyValues, Span
 from engine.cost import Work
 from engine.debts import build_debts
@@ -154,15 +155,19 @@ class Decoding:
 
     def _left_before(self, rows: list[int]) -> list[bool]:
         """Of each row, whether its newest token left early; a draft did, whether it was kept yet or not."""
-        before = [self.at[row] - 1 for row in rows]
-        return list((self.decisions[rows, before] == Decision.EXIT) | (self.drafts[rows, before] > 0))
+        return [self._left(row, self.at[row] - 1) for row in rows]
+
+    def _left(self, row: int, step: int) -> bool:
+        """Whether a token skipped layers; one that only the shortlist was read for did not."""
+        if self.drafts[row, step] > 0:
+            return True
+        return bool(self.decisions[row, step] == Decision.EXIT and self.exit_layers[row, step] < self.stack.n_layers)
 
     def _exits_in_row(self, row: int) -> int:
         """How many of the row's newest tokens left early, one after another."""
         step = self.at[row]
-        left = (self.decisions[row, :step] == Decision.EXIT) | (self.drafts[row, :step] > 0)
-        stayed = np.flatnonzero(~left)
-        return step - 1 - int(stayed[-1]) if len(stayed) else step
+        stayed = next((before for before in range(step - 1, -1, -1) if not self._left(row, before)), -1)
+        return step - 1 - stayed
 
     def _deepen(self, rows: list[int], states: Tensor, first: int, point: int) -> tuple[Tensor, Tensor | None]:
         """Take the newest tokens of these rows to an exit point; where the rule looks back, the layer before it too."""
@@ -196,6 +201,10 @@ class Decoding:
     def _ask(self, rows: list[int], states: Tensor, previous: Tensor | None, point: int) -> tuple[list[int], Tensor]:
         """Let the rule decide at an exit point; give back the rows that go on, with their states."""
         asked = [place for place, row in enumerate(rows) if self._is_asked(row)]
+        if asked and self.rule.ask_above is not None:
+            # The controller's word on the state alone: what it adds behind an exit would hang on undone drafts.
+            judged = self.heads.judge(point, states if len(asked) == len(rows) else states[asked])[:, EXIT].tolist()
+            asked = [place for place, says in zip(asked, judged, strict=True) if says > self.rule.ask_above]
         if not asked:
             return rows, states
         everyone = len(asked) == len(rows)
@@ -217,7 +226,7 @@ class Decoding:
             self._check_finite(view.rows, view.steps, point, verdict.stop_confidences)
         decisions = [
             CONTINUE if decision == EXIT and row not in self.free else decision
-            for row, decision in zip(view.rows, verdict.decisions.tolist(), strict=True)
+            for row, decision in zip(view.rows, _listed(verdict.decisions), strict=True)
         ]
         gone = set(self._leave(view, [place for place, decision in enumerate(decisions) if decision == EXIT]))
         for place in (place for place, decision in enumerate(decisions) if decision == STOP):
@@ -285,7 +294,28 @@ class Decoding:
             return
         if self.rule.removed:
             self.debts.layers_run[rows, [self.at[row] for row in rows]] = self.depth
-        self._write_full(rows, self._full_depth(states))
+        if self.policy.shortlist_above is not None:
+            rows, states = self._write_short(rows, states, float(np.float32(self.policy.shortlist_above)))
+        if rows:
+            self._write_full(rows, self._full_depth(states))
+
+    def _write_short(self, rows: list[int], states: Tensor, above: float) -> tuple[list[int], Tensor]:
+        """Where the shortlist seems to have full depth's token it alone is read; give back the other rows."""
+        assert self.heads.detector is not None
+        sure = self.heads.detector(states).tolist()
+        short = [p for p, row in enumerate(rows) if sure[p] > above and self.at[row] >= self.policy.full_first]
+        if not short:
+            return rows, states
+        self.work.head(parameters=self.heads.unembedder.parameters, states=len(short))
+        taken = [rows[p] for p in short]
+        choice = self._choose_short(taken, states if len(short) == len(rows) else states[short])
+        rest = [p for p in range(len(rows)) if p not in set(short)]
+        left_over = [rows[p] for p in rest], states[rest]
+        self._write(taken, choice, self.stack.n_layers, Decision.EXIT)
+        return left_over
+
+    def _choose_short(self, rows: list[int], states: Tensor) -> Choice:
+        return self.heads.shortened(states)
 
     def _full_depth(self, states: Tensor) -> Choice:
         self.work.head(parameters=self.stack.unembedding.numel(), states=len(states))
@@ -360,9 +390,10 @@ class Decoding:
 
     def _check_finite(self, rows: Sequence[int], steps: Sequence[int], layer: int, probabilities: Tensor) -> None:
         """Raises `NumericalError` for the first that is no number."""
-        finite = torch.isfinite(probabilities)
-        if not bool(finite.all()):
-            place = int(finite.logical_not().nonzero()[0])
+        here = probabilities if native.fits(probabilities) else probabilities.float().cpu()
+        finite = np.isfinite(here.numpy())
+        if not finite.all():
+            place = int(np.flatnonzero(~finite)[0])
             where = f"after layer {layer}, at position {self.prompts[rows[place]] + steps[place]}"
             raise NumericalError(f"the logits {where} are not finite; check the weights and the dtype.")
 
@@ -395,6 +426,10 @@ class Decoding:
             )
             for row, n in enumerate(counts)
         ]
+
+
+def _listed(decisions: Tensor | Sequence[int]) -> Sequence[int]:
+    return decisions.tolist() if isinstance(decisions, Tensor) else decisions
 
 
 def _pieces(first: int, end: int, removed: frozenset[int]) -> list[tuple[int, int]]:

@@ -44,6 +44,7 @@ class ExitsManifest(Spec):
         None, ge=1, description="tokens that a head may predict; the whole vocabulary when absent"
     )
     controller: ControllerKind | None
+    detector: bool = Field(False, description="whether it says where the shortlist has full depth's token")
     tuned_weights_hash: str | None = Field(
         None, description="of the model with the bundle's deltas; absent where they leave the model as it came"
     )
@@ -220,9 +221,16 @@ def check_policy(policy: PolicySpec, manifest: ExitsManifest | None, n_layers: i
         )
     if policy.needs != "nothing" and manifest is None:
         raise BadInput(f"policy {policy.kind!r} needs exits, and none are given; name a bundle in the field `exits`.")
-    if policy.needs == "controller" and manifest is not None and not manifest.controller:
+    if policy.asks_controller and manifest is not None and not manifest.controller:
+        field = "" if policy.needs == "controller" else " with ask_above"
         raise BadInput(
-            f"policy {policy.kind!r} needs a controller, and the exits of {manifest.model!r} have none; train one."
+            f"policy {policy.kind!r}{field} needs a controller, and the exits of {manifest.model!r} have none; train "
+            "one."
+        )
+    if policy.shortlist_above is not None and manifest is not None and not manifest.detector:
+        raise BadInput(
+            f"policy {policy.kind!r}: shortlist_above needs a detector, and the exits of {manifest.model!r} have none; "
+            "train them again, with a shortlist, or leave it out."
         )
     if policy.asks is not None and manifest is not None and manifest.controller != policy.asks:
         raise BadInput(

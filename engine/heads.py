@@ -1,5 +1,6 @@
 """Exits at run time: a head per exit point that predicts a token, and a controller that judges a state."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine import controllers
-from engine.controllers import Controller
+from engine import controllers, native
+from engine.controllers import DETECTOR_BIAS, DETECTOR_WEIGHT, Controller, Detector
 from engine.deltas import PREFIX, check_deltas
 from engine.errors import BadInput
 from engine.exits import MANIFEST, TENSORS, ExitsManifest, read_manifest
@@ -53,9 +54,12 @@ class Prediction(Choice):
 def choose(logits: Tensor, shortlist: Tensor | None = None) -> Prediction:
     """The most likely token of each row of logits [states, vocabulary or shortlist], with its softmax probability."""
     logits = logits.float()
-    top, place = logits.max(dim=-1)
-    tokens = place if shortlist is None else shortlist[place]
-    return Prediction(tokens, torch.exp(top - logits.logsumexp(dim=-1)), logits)
+    if len(logits) <= native.FEW and native.fits(logits):
+        place, confidences = native.most_likely(logits)
+    else:
+        top, place = logits.max(dim=-1)
+        confidences = torch.exp(top - logits.logsumexp(dim=-1))
+    return Prediction(place if shortlist is None else shortlist[place], confidences, logits)
 
 
 class Heads:
@@ -74,12 +78,14 @@ class Heads:
         tensors: dict[str, Tensor],
         controller: ControllerKind | None = None,
     ) -> None:
+        """tensors: as a bundle has them, without deltas."""
         self.stack, self.kind, self.points = stack, kind, points
         tensors = {name: tensor.to(stack.unembedding) for name, tensor in tensors.items() if name != "shortlist"} | {
             name: tensor.to(stack.device, torch.long) for name, tensor in tensors.items() if name == "shortlist"
         }
         self.shortlist = tensors.get("shortlist")
         self.controller = None if controller is None else Controller(controller, points, tensors)
+        self.detector = Detector(tensors) if DETECTOR_WEIGHT in tensors else None
         self.unembedder = stack.unembedder
         if self.shortlist is not None and kind != "untied":  # those have matrices of their own
             self.unembedder = _shortened(stack, self.shortlist)
@@ -132,7 +138,11 @@ class Heads:
             return full_depth(self.stack, states)
         return choose(self.logits(point, states), self.shortlist)
 
-    def judge(self, point: int, states: Tensor, left: Tensor | None = None) -> Tensor:
+    def shortened(self, states: Tensor) -> Prediction:
+        """What the shortlist alone says of states [states, hidden] behind the last layer."""
+        return choose(self.unembedder(self.stack.norm(states)), self.shortlist)
+
+    def judge(self, point: int, states: Tensor, left: Sequence[bool] | Tensor | None = None) -> Tensor:
         """The controller's probabilities [states, 3] of continue, exit and stop, from raw states [states, hidden].
 
         left: [states] whether the token before each left early; None: none did.
@@ -170,6 +180,8 @@ def _promised(manifest: ExitsManifest) -> dict[str, tuple[int, ...]]:
             shapes[f"heads.{point}.weight"] = (outputs, hidden)
     if manifest.shortlist:
         shapes["shortlist"] = (manifest.shortlist,)
+    if manifest.detector:
+        shapes |= {DETECTOR_WEIGHT: (hidden,), DETECTOR_BIAS: (1,)}
     if manifest.controller:
         shapes |= controllers.promised(manifest.controller, manifest.exit_points, hidden)
     return shapes
@@ -177,6 +189,8 @@ def _promised(manifest: ExitsManifest) -> dict[str, tuple[int, ...]]:
 
 def lens(states: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """Low-rank residual: states [n, hidden], down [rank, hidden], up [hidden, rank]."""
+    if len(states) <= native.FEW and native.fits(states):
+        return native.lens(states, down, up)
     return states + F.linear(F.linear(states, down), up)
 
 

@@ -9,6 +9,7 @@ The state itself, and its norms, every thread keeps for itself: that is cheaper 
 from ctypes import c_int64
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import numba as nb
 import numpy as np
@@ -237,6 +238,21 @@ def _fill_layers(given: Any) -> None:
         barrier()
 
 
+#: where in what the loops are given stands what changes from call to call
+_FIRST, _END, _STATES, _OUT = 1, 2, 9, 27
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What the loops are given for the tokens of a span, and all whose addresses are in it."""
+
+    span: "Span"
+    cache: "ref[KeyValues]"  #: weak: a batch that has ended gives its memory back
+    visible: Tensor | None
+    given: Any
+    alive: tuple[Any, ...]
+
+
 class LlamaLayers:
     """All layers of a model, whose weights must stay where they are."""
 
@@ -255,6 +271,8 @@ class LlamaLayers:
         self.layers = layers  # kept alive, like everything else whose address is handed on
         self._sizes = n_heads, n_kv_heads, head_size, inner
         self._numbers = np.array([scale, epsilon], np.float32)
+        #: for the tokens that went last: they mostly go on, from exit point to exit point
+        self._kept: _Prepared | None = None
         self._weights = np.zeros((len(layers), _N_WEIGHTS + 1), np.int64)
         for row, layer in zip(self._weights, layers, strict=True):
             tensors = [getattr(layer, name) for name in _WEIGHTS]
@@ -279,24 +297,41 @@ class LlamaLayers:
         index: row and position of each token, [tokens] each. place: cosines and signed sines, [tokens, 1, head size]
         each. only_fill: only write the keys and values that these layers make of the states, which stay as they are.
         """
-        n_heads, n_kv_heads, size, inner = self._sizes
         states = states.contiguous()
-        tokens, hidden = states.shape
+        out = states if only_fill else empty(states.shape)
+        kept = self._kept
+        if kept is None or kept.span is not span or kept.cache() is not cache or kept.visible is not cache.visible:
+            kept = self._kept = self._prepared(span, cache, index, place, *states.shape)
+        given = kept.given
+        given[_FIRST], given[_END], given[_STATES], given[_OUT] = first, end, states.data_ptr(), out.data_ptr()
+        share(_fill_layers if only_fill else _run_layers, given, get_num_threads())
+        return out
+
+    def _prepared(
+        self,
+        span: "Span",
+        cache: "KeyValues",
+        index: tuple[Tensor, Tensor],
+        place: tuple[Tensor, Tensor],
+        tokens: int,
+        hidden: int,
+    ) -> "_Prepared":
+        """What the loops are given for these tokens, whichever layers they pass."""
+        n_heads, n_kv_heads, size, inner = self._sizes
         widths = (n_heads + 2 * n_kv_heads) * size, n_heads * size, hidden, 2 * inner, inner
         buffers = [empty(tokens, width) for width in widths]
-        out = states if only_fill else empty(tokens, hidden)
         rows, positions = index
         cos, sin = place
         places = spans(span.rows, span.starts, span.counts)
         visible = ALL if cache.visible is None else cache.visible.numpy()
         given = (c_int64 * 30)(
             self._weights.ctypes.data,
-            first,
-            end,
+            0,
+            0,
             tokens,
             hidden,
             *self._sizes,
-            states.data_ptr(),
+            0,
             *(buffer.data_ptr() for buffer in buffers),
             cos.data_ptr(),
             sin.data_ptr(),
@@ -309,9 +344,8 @@ class LlamaLayers:
             self._numbers.ctypes.data,
             cache.n_rows,
             cache.n_positions,
-            out.data_ptr(),
+            0,
             cache.keys.data_ptr(),
             cache.values.data_ptr(),
         )
-        share(_fill_layers if only_fill else _run_layers, given, get_num_threads())
-        return out
+        return _Prepared(span, ref(cache), cache.visible, given, (buffers, index, place, places))

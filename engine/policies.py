@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +27,7 @@ from engine.spec import (
     Controller,
     Entropy,
     Fixed,
+    HeadPolicy,
     Margin,
     Patience,
     PolicySpec,
@@ -90,7 +92,7 @@ class View:
 class Verdict:
     """A rule's answer for each row it was asked about."""
 
-    decisions: Tensor  # [rows] CONTINUE, EXIT or STOP
+    decisions: Tensor | Sequence[int]  # [rows] CONTINUE, EXIT or STOP
     stop_confidences: Tensor | None = None  # [rows] the probability of giving up, where the rule has one
 
 
@@ -103,6 +105,8 @@ class Rule(ABC):
     looks_back = False
     #: whether the rule reads `View.left`
     recalls = False
+    #: the rule is asked only where the controller gives leaving more than this; None: everywhere
+    ask_above: float | None = None
     #: layers, counted from 0, that no generated token runs
     removed: frozenset[int] = frozenset()
 
@@ -159,10 +163,18 @@ class FixedExit(Rule):
         super().__init__(spec, (spec.exit_layer,), n_layers)
 
     def decide(self, view: View) -> Verdict:
-        return Verdict(torch.full((len(view.rows),), EXIT))
+        return Verdict([EXIT] * len(view.rows))
 
 
-class ConfidentExit(Rule):
+class ByHead(Rule):
+    """Rules that go by what the head predicts, where it is worth asking."""
+
+    def __init__(self, spec: HeadPolicy, points: tuple[int, ...], n_layers: int) -> None:
+        super().__init__(spec, points, n_layers)
+        self.ask_above = None if spec.ask_above is None else float(np.float32(spec.ask_above))
+
+
+class ConfidentExit(ByHead):
     """`confidence`."""
 
     def __init__(self, spec: Confidence, points: tuple[int, ...], n_layers: int) -> None:
@@ -184,7 +196,7 @@ class ConfidentExit(Rule):
         return min(1.0, 0.9 * self.threshold + 0.1 * math.exp(-self.decay * step / self.max_new_tokens))
 
 
-class MarginExit(Rule):
+class MarginExit(ByHead):
     """`margin`."""
 
     def __init__(self, spec: Margin, points: tuple[int, ...], n_layers: int) -> None:
@@ -195,7 +207,7 @@ class MarginExit(Rule):
         return Verdict((view.prediction.margins > self.threshold).long() * EXIT)
 
 
-class EntropyExit(Rule):
+class EntropyExit(ByHead):
     """`entropy`."""
 
     def __init__(self, spec: Entropy, points: tuple[int, ...], n_layers: int) -> None:
@@ -251,8 +263,7 @@ class PositionExit(Rule):
         self.spec = spec
 
     def decide(self, view: View) -> Verdict:
-        leaves = [view.point >= self._depth(step) for step in view.steps]
-        return Verdict(torch.tensor(leaves).long() * EXIT)
+        return Verdict([EXIT if view.point >= self._depth(step) else CONTINUE for step in view.steps])
 
     def _depth(self, step: int) -> float:
         spec = self.spec
@@ -273,8 +284,8 @@ class RandomExit(Rule):
         self.keys = batch.keys
 
     def decide(self, view: View) -> Verdict:
-        leaves = [self._layer(row, step) == view.point for row, step in zip(view.rows, view.steps, strict=True)]
-        return Verdict(torch.tensor(leaves).long() * EXIT)
+        layers = [self._layer(row, step) for row, step in zip(view.rows, view.steps, strict=True)]
+        return Verdict([EXIT if layer == view.point else CONTINUE for layer in layers])
 
     def _layer(self, row: int, step: int) -> int | None:
         """The exit layer of a token; None: all layers."""
@@ -327,15 +338,19 @@ class ControlledExit(Rule):
         super().__init__(spec, points, n_layers)
         self.points += tuple(point for point in points if point == n_layers)
         self.n_layers = n_layers
-        self.exit, self.stop = spec.exit, spec.stop
+        self.exit, self.stop = (float(np.float32(threshold)) for threshold in (spec.exit, spec.stop))
 
     def decide(self, view: View) -> Verdict:
-        left = None if view.left is None else torch.tensor(view.left, device=view.states.device)
-        probabilities = view.heads.judge(view.point, view.states, left)  # [rows, 3]
-        top, winner = probabilities.max(dim=-1)
-        leaves = (winner == EXIT) & (top > self.exit) & (view.point < self.n_layers)
-        stops = (winner == STOP) & (top > self.stop)
-        return Verdict(leaves * EXIT + stops * STOP, probabilities[:, STOP])
+        probabilities = view.heads.judge(view.point, view.states, view.left)  # [rows, 3]
+        return Verdict([self._decided(view.point, row) for row in probabilities.tolist()], probabilities[:, STOP])
+
+    def _decided(self, point: int, row: list[float]) -> int:
+        """From the probabilities of one row. Three numbers: a tensor's operators would take longer than a head."""
+        top = max(row)
+        winner = row.index(top)
+        if winner == EXIT and top > self.exit and point < self.n_layers:
+            return EXIT
+        return STOP if winner == STOP and top > self.stop else CONTINUE
 
 
 def build_rule(spec: PolicySpec, points: tuple[int, ...], n_layers: int) -> Rule:

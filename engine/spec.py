@@ -48,6 +48,11 @@ class PolicySpec(Spec):
     min_layer: int | None = Field(None, ge=1, description="exit points before this layer are not asked")
     max_exits_in_row: int | None = Field(None, ge=1, description="after so many, the next token runs at full depth")
     full_first: int = Field(1, ge=1, description="a completion's first tokens that run at full depth; one always does")
+    shortlist_above: Probability | None = Field(
+        None,
+        description="behind the last layer the shortlist alone is read where, the bundle's detector says, it has full "
+        "depth's token with more than this probability; absent: the whole vocabulary is always read",
+    )
 
     @model_validator(mode="after")
     def _legal_pair(self) -> "PolicySpec":
@@ -56,7 +61,17 @@ class PolicySpec(Spec):
                 f"policy {self.kind!r}: kv is {self.kv!r} and verify is true, but only keys that are recomputed can be "
                 "verified; give kv: recompute, or leave verify out."
             )
+        if self.verify and self.shortlist_above is not None:
+            raise ValueError(
+                f"policy {self.kind!r}: shortlist_above is {self.shortlist_above} and verify is true, but only the "
+                "whole vocabulary verifies; leave one of them out."
+            )
         return self
+
+    @property
+    def asks_controller(self) -> bool:
+        """Whether the bundle must have a controller."""
+        return self.needs == "controller" or getattr(self, "ask_above", None) is not None
 
     @property
     def label(self) -> str:
@@ -82,6 +97,8 @@ class Full(PolicySpec):
     rule = "engine.policies:FullDepth"
     needs = "nothing"
 
+    shortlist_above: None = None
+
 
 class Original(PolicySpec):
     """The model as it came, at full depth: the second reference, where exits tune the model. Jobs add it themselves."""
@@ -90,6 +107,8 @@ class Original(PolicySpec):
     rule = "engine.policies:FullDepth"
     needs = "tuning"
     untuned = True
+
+    shortlist_above: None = None
 
 
 class Fixed(PolicySpec):
@@ -101,7 +120,17 @@ class Fixed(PolicySpec):
     exit_layer: int = Field(ge=1)
 
 
-class Confidence(PolicySpec):
+class HeadPolicy(PolicySpec):
+    """Leave by what the head predicts."""
+
+    ask_above: Probability | None = Field(
+        None,
+        description="the head is asked only where the controller gives leaving more than this probability; absent: "
+        "everywhere",
+    )
+
+
+class Confidence(HeadPolicy):
     """Leave where the head's top probability exceeds the threshold (CALM, Schuster et al. 2022, softmax response)."""
 
     kind = "confidence"
@@ -113,7 +142,7 @@ class Confidence(PolicySpec):
     )
 
 
-class Margin(PolicySpec):
+class Margin(HeadPolicy):
     """Leave where the head's two best probabilities are further apart than the threshold (CALM)."""
 
     kind = "margin"
@@ -122,7 +151,7 @@ class Margin(PolicySpec):
     threshold: Probability
 
 
-class Entropy(PolicySpec):
+class Entropy(HeadPolicy):
     """Leave where the entropy of the head's distribution is below the threshold, in nats (BranchyNet, 2016)."""
 
     kind = "entropy"
@@ -184,6 +213,7 @@ class Static(PolicySpec):
     min_layer: None = None
     max_exits_in_row: None = None
     full_first: Literal[1] = 1
+    shortlist_above: None = None
     layers: tuple[int, ...] = Field(min_length=1, description="which layers are left out, counted from 1")
 
 
@@ -218,6 +248,7 @@ class SelfSpeculative(PolicySpec):
 
     kv: Literal["recompute"] = "recompute"
     verify: Literal[True] = True
+    shortlist_above: None = None
     exit_layer: int = Field(ge=1)
     threshold: Probability = Field(0.5, description="a token of less confidence is not drafted")
 
@@ -240,6 +271,7 @@ class Sec(Controller):
     asks = "sec"
 
     kv: Literal["copy"] = "copy"
+    shortlist_above: None = None
 
 
 policies: Registry[type[PolicySpec]] = Registry(

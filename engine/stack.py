@@ -36,6 +36,7 @@ class LayerStack(ABC):
     unembedding: Tensor  # [vocabulary, hidden]
     unembedder: Matrix  # the same, multiplied by the fastest kernel
     layers: Sequence[Any]  # each layer's weights; the attributes that are a `Matrix` get a kernel plan
+    _kept: tuple[Span, tuple[Tensor, Tensor], Any] | None = None
 
     # --- what a family says -----------------------------------------------------------------------------------
 
@@ -131,8 +132,7 @@ class LayerStack(ABC):
         """Take the tokens of `span` through layers `first` to `end` (excluded), writing their keys and values."""
         if first == end:
             return states
-        index = self._index(span)
-        place = self.place(index[1])
+        index, place = self._placed(span)
         if span.size <= MOST_TOGETHER and native.fits(states) and self.together is not None:
             return self.together.run(states, span, cache, index, place, first, end)
         attend, write = self._attention(span, cache), cache.writer(span, index)
@@ -144,8 +144,7 @@ class LayerStack(ABC):
 
     def fill(self, states: Tensor, span: Span, cache: KeyValues, first: int, end: int) -> None:
         """Write keys and values of layers `first` to `end` (excluded) from states that do not pass them (SEC, CALM)."""
-        index = self._index(span)
-        place = self.place(index[1])
+        index, place = self._placed(span)
         if span.size <= MOST_TOGETHER and native.fits(states) and self.together is not None:
             self.together.run(states, span, cache, index, place, first, end, only_fill=True)
             return
@@ -153,9 +152,12 @@ class LayerStack(ABC):
         for layer in range(first, end):
             write(layer, *self.keys_values(layer, states, place))
 
-    def _index(self, span: Span) -> tuple[Tensor, Tensor]:
-        rows, positions = torch.tensor(span.flat, device=self.device)
-        return rows, positions
+    def _placed(self, span: Span) -> tuple[tuple[Tensor, Tensor], Any]:
+        """Row and position of each token, [tokens] each, and their `place`; kept while the same span goes on."""
+        if self._kept is None or self._kept[0] is not span:
+            rows, positions = torch.tensor(span.flat, device=self.device)
+            self._kept = span, (rows, positions), self.place(positions)
+        return self._kept[1:]
 
     def _attention(self, span: Span, cache: KeyValues) -> Callable[[int, Tensor], Tensor]:
         """Attention over the span's rows: a function of layer and queries, so that masks are made once a span."""

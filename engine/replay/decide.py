@@ -22,6 +22,7 @@ from engine.spec import (
     Entropy,
     Fixed,
     Full,
+    HeadPolicy,
     Margin,
     Patience,
     PolicySpec,
@@ -69,9 +70,15 @@ def check_replayable(policy: PolicySpec, exit_points: tuple[int, ...], n_layers:
             f"policy {policy.kind!r} cannot be replayed: a trace does not hold what it goes by; run it. Replayed are: "
             f"{known}."
         )
-    if policy.needs == "controller" and not has_controller:
+    if policy.shortlist_above is not None:
         raise BadInput(
-            f"policy {policy.kind!r} needs the column controller, and the trace has none: its exits have no "
+            f"policy {policy.kind!r}: shortlist_above is {policy.shortlist_above}, and a trace does not hold what the "
+            "shortlist would say behind the last layer; run it, or leave shortlist_above out."
+        )
+    if policy.asks_controller and not has_controller:
+        field = "" if policy.needs == "controller" else " with ask_above"
+        raise BadInput(
+            f"policy {policy.kind!r}{field} needs the column controller, and the trace has none: its exits have no "
             "controller; trace with exits that have one."
         )
     if isinstance(policy, Fixed):
@@ -200,13 +207,26 @@ def _first_place(traced: Traced, column: str, places: range, threshold: Any, sig
 
 
 def _by_threshold(column: str) -> Rule:
+    sign = -1 if column == "entropies" else 1  # the lower the surer
+
     def places(policy: Any, traced: Traced) -> Array:
-        usable = usable_places(policy, traced)
-        if column == "entropies":  # the lower the surer
-            return _first_place(traced, column, usable, -policy.threshold, sign=-1)
-        return _first_place(traced, column, usable, policy.threshold)
+        return _first_above(policy, traced, column, sign * policy.threshold, sign)
 
     return places
+
+
+def _first_above(policy: PolicySpec, traced: Traced, column: str, threshold: Any, sign: int = 1) -> Array:
+    """[n] the first place at which the head is asked and its signal exceeds the threshold."""
+    usable = usable_places(policy, traced)
+    if not isinstance(policy, HeadPolicy) or policy.ask_above is None:
+        return _first_place(traced, column, usable, threshold, sign)
+    signal, asked = getattr(traced, column), asked_at(policy, traced)
+    return _first({place: asked[place] & (sign * signal[place] > threshold) for place in usable}, traced)
+
+
+def asked_at(policy: HeadPolicy, traced: Traced) -> Array:
+    """[p, n] where the controller lets the head be asked, under `ask_above`."""
+    return np.asarray(traced.controller[:, 1] > np.float32(policy.ask_above or 0))
 
 
 def _confident(policy: Confidence, traced: Traced) -> Array:
@@ -214,7 +234,7 @@ def _confident(policy: Confidence, traced: Traced) -> Array:
         return _by_threshold("probabilities")(policy, traced)
     decayed = 0.9 * policy.threshold + 0.1 * np.exp(-policy.decay * traced.steps / traced.max_new_tokens)
     threshold = np.minimum(1.0, decayed).astype(np.float32)
-    return _first_place(traced, "probabilities", usable_places(policy, traced), threshold)
+    return _first_above(policy, traced, "probabilities", threshold)
 
 
 def _first(masks: Masks, traced: Traced) -> Array:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.cost import Machine, Price, Shape, of_fill, of_head, of_layers
-from engine.replay.decide import Decisions, usable_places
+from engine.replay.decide import Decisions, asked_at, usable_places
 from engine.replay.traced import Array, Traced
-from engine.spec import Confidence, Entropy, Margin, Patience, PolicySpec
+from engine.spec import HeadPolicy, Patience, PolicySpec
 
 #: rules that look at a head's prediction wherever they are asked
-_PREDICTING = (Confidence, Margin, Entropy, Patience)
+_PREDICTING = (HeadPolicy, Patience)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,18 @@ class Steps:
         asked = leavers.copy()
         places = usable_places(policy, self.traced)
         asked[places.start : places.stop] = rows[places.start : places.stop]
+        if isinstance(policy, HeadPolicy) and policy.ask_above is not None:
+            return self._asked_above(policy, decisions, asked, places)
         if decisions.forced is not None:
             unfree = np.bincount(self.step[decisions.forced], minlength=self.n + 1)[:-1]
             asked[places.start : places.stop] -= unfree
+        return asked
+
+    def _asked_above(self, policy: HeadPolicy, decisions: Decisions, asked: Array, places: range) -> Array:
+        """The same where the controller is asked before the head."""
+        free = self.decoded if decisions.forced is None else self.decoded & ~decisions.forced
+        let = asked_at(policy, self.traced)
+        for place in places:
+            here = free & let[place] & (decisions.places >= place)
+            asked[place] = np.bincount(self.step[here], minlength=self.n + 1)[:-1]
         return asked

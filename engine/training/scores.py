@@ -8,9 +8,11 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from engine.controllers import Detector
 from engine.exits import Bin
 from engine.heads import Heads
 from engine.policies import EXIT, STOP
+from engine.training.detector import in_shortlist
 from engine.training.labels import labels, left_before, predictions
 from engine.training.spec import Labels
 from engine.training.states import States
@@ -40,7 +42,7 @@ def held_out_scores(
     """By exit point, shares of places: `agrees` with full depth, `right`, and what may leave at 97 % and 95 % agreement
     by the head's own confidence. With a controller, against labels by `rule`: precision and recall of its most likely
     class beside the class's base rate, AUROC, and of stop the lift over the base rate at a recall of 0.3. Under `full`:
-    how often full depth is right, and how often a token is labelled STOP.
+    how often full depth is right, how often a token is labelled STOP, and where there is a detector how good it is.
 
     windows: how many places each window has, in order.
     """
@@ -70,7 +72,21 @@ def held_out_scores(
         if found:
             scores[str(point)] = found
     scores["full"] = {"right": _share(full == reference), "no_layer_right": _share(label[:, -1] == STOP)}
+    if heads.detector is not None and heads.shortlist is not None:
+        scores["full"] |= _detector_scores(heads.detector, heads.shortlist, states)
     return HeldOut(scores, reliability)
+
+
+@torch.inference_mode()
+def _detector_scores(detector: Detector, shortlist: Tensor, states: States) -> dict[str, float]:
+    """How often the shortlist has full depth's token, and what may be read of it alone at 99 % agreement."""
+    says = detector(torch.from_numpy(np.array(states.hidden[:, -1])).to(detector.weight)).cpu()
+    has = in_shortlist(states, shortlist)
+    return {
+        "shortlist_has": _share(has),
+        "detector_auroc": auroc(says, has),
+        "reads_shortlist_at_99": _coverage(has, says, 0.99),
+    }
 
 
 def controller_scores(judged: Tensor, label: Tensor) -> dict[str, float]:

@@ -1,16 +1,17 @@
 """`make bench-exits`: what each shipped bundle is worth. No figure is asserted; they are printed and kept.
 
 For each bundle, on code that was held out when it was trained: a trace, a replay of every policy with many thresholds,
-the few on its front live, and the choice among them. Then only what was chosen, and at its depth the controls, on
-HumanEval's lines and on a source tree that neither training nor choice has seen: nothing is tuned to what it is judged
-on. Speeds are those of batch 1. Quality is counted again on more samples in batches of 16, for rows decide alone. A
-gain is split by doing the same without the shortlist, and without stops; and traces say what every policy would do at
+the few on its front live, reading the shortlist alone behind the last layer, and the choice among them by quality and
+by speed at batch 1. Then only what was chosen, and at its depth the controls, on HumanEval's lines and on a source tree
+that neither training nor choice has seen: nothing is tuned to what it is judged on. Speeds are those of batch 1.
+Quality is counted again on more samples in batches of 16, for rows decide alone. A gain is split by doing the same
+without the shortlist, with nothing but the shortlist, and without stops; and traces say what every policy would do at
 the depth of the chosen one, beside `random` and the oracle.
 
 In the environment: BENCH_BUNDLES (all that are shipped), BENCH_SAMPLES of each benchmark behind a speed (30),
-BENCH_QUALITY behind a quality (200; the issue wants 1,500), BENCH_SWEEP behind the choice (80), BENCH_ROUNDS batches
+BENCH_QUALITY behind a quality (200; the issue wants 1,500), BENCH_SWEEP behind the choice (120), BENCH_ROUNDS batches
 behind the speeds by batch and context (4), BENCH_SOURCE (torch), BENCH_CHOICE (what was held out). So set it takes
-about 12 minutes a bundle. Pages with the frontiers, and the record, lie beside the table in build/bench/.
+about 15 minutes a bundle. Pages with the frontiers, and the record, lie beside the table in build/bench/.
 """
 
 import os
@@ -42,7 +43,7 @@ from tests.bench.measure import Row, printed, write
 
 SAMPLES = int(os.environ.get("BENCH_SAMPLES", 30))
 QUALITY = int(os.environ.get("BENCH_QUALITY", 200))
-SWEEP = int(os.environ.get("BENCH_SWEEP", 80))
+SWEEP = int(os.environ.get("BENCH_SWEEP", 120))
 #: a source tree for the choice; what a bundle held out when it was trained, where the environment names none
 CHOICE = os.environ.get("BENCH_CHOICE")
 BUNDLES = os.environ.get("BENCH_BUNDLES", "").split() or shipped_exits()
@@ -51,7 +52,9 @@ DATABASE = f"sqlite:///{FOLDER / 'exits.db'}"
 #: of ROUGE-L, relative, against full depth: what the paper lost
 LOSS = 0.011
 #: shares of tokens that agree with full depth: at each the fastest policy is tried live
-LEVELS = (0.995, 0.99, 0.98, 0.97, 0.95)
+LEVELS = (0.99, 0.98, 0.97, 0.95, 0.93)
+#: how sure the detector must be that the shortlist has full depth's token
+SHORTLIST_ABOVE = (0.9, 0.97)
 #: of what is hopeless a stopping controller finds this share
 RECALL = 0.3
 
@@ -77,6 +80,7 @@ def every_policy(manifest: ExitsManifest) -> list[Any]:
         asked.append({"patience": {"patience": list(range(1, len(points) - 1)), "min_layer": points[:2]}})
     if manifest.controller:
         asked.append({"controller": {"exit": steps, "stop": 1.0, "min_layer": points}})
+        asked += [{"confidence": {"threshold": steps, "min_layer": points, "ask_above": [0.2, 0.3, 0.4, 0.5, 0.6]}}]
     return asked
 
 
@@ -153,13 +157,14 @@ class Chosen:
     fastest: Asked | None  #: within the loss, and faster than full depth by a replay
     controller: Asked | None  #: the fastest one that stops nothing
     stopping: Asked | None
+    shortlist: Asked | None  #: nobody leaves early; behind the last layer the shortlist alone is read
     lossless: Asked  #: verified
     controls: list[Asked]  #: at the depth of the fastest
 
     @property
     def policies(self) -> list[Asked]:
         found: list[Asked] = []
-        for one in (self.fastest, self.controller, self.stopping, self.lossless, *self.controls):
+        for one in (self.fastest, self.shortlist, self.controller, self.stopping, self.lossless, *self.controls):
             found += [one] if one is not None and one not in found else []
         return found
 
@@ -170,26 +175,48 @@ def choice(db: Database, name: str, manifest: ExitsManifest) -> Generator[Row, N
     trace = traced(db, name, source_code(held, 2 * SWEEP), f"{name}: traced for the choice")
     replayed = replay_trace(trace, ReplaySpec(policies=every_policy(manifest)))
     write_replay_page(trace, replayed, FOLDER / f"exits-{name}-choice-replay.html")
-    finalists = on_the_front(replayed)
-    stopping = None if not manifest.controller else stopping_controller(trace, _best(replayed, "controller"))
-    live = [one.spec for one in finalists]
+    finalists = [one.spec for one in on_the_front(replayed)]
+    best = _best(replayed, "controller")
+    stopping = None if not manifest.controller else stopping_controller(trace, best)
+    unread = [nobody_leaves(above) for above in SHORTLIST_ABOVE] if manifest.detector and manifest.controller else []
+    live = [*(_reading(one, above) for one in finalists for above in SHORTLIST_ABOVE), *unread] if unread else finalists
     report = evaluated(name, [source_code(held, SWEEP)], live, f"{name}: choice on {held}", batch_size=16)
     write_page(report, FOLDER / f"exits-{name}-choice.html")
-    benchmark, fast = report.benchmarks[0], list[ReplayedPolicy]()
-    for one in finalists:
-        lost = _run(benchmark, one.spec).summary.changed("rouge_l_relative")
-        speed = _value(one, "speedup_ideal")
-        yield row(f"{name}, choice on {held}: {one.policy} (ideal {speed:.2f}): ROUGE-L, relative change", lost, "")
-        fast += [one] if lost.value is not None and lost.value >= -LOSS and speed > 1 else []
-    fastest = max(fast, key=lambda one: _value(one, "speedup_ideal"), default=None)
-    best = _best(replayed, "controller")
+    benchmark, good = report.benchmarks[0], list[Asked]()
+    for one in live:
+        lost = _run(benchmark, one).summary.changed("rouge_l_relative")
+        yield row(f"{name}, choice on {held}: {_label(one)}: ROUGE-L, relative change", lost, "")
+        good += [one] if lost.value is not None and lost.value >= -LOSS else []
+    speeds_of = dict[str, float]()
+    if good:
+        report = evaluated(name, [source_code(held, SAMPLES)], good, f"{name}: speeds on {held}")
+        for one in good:
+            summary = _run(report.benchmarks[0], one).summary
+            speeds_of[_label(one)] = summary.speedup_ideal or 0
+            ideal = summary.speedup_ideal or np.nan
+            yield row(
+                f"{name}, choice on {held}: {_label(one)}: speedup (ideal {ideal:.2f})", summary.speedup_token, "x"
+            )
+    good = [one for one in good if speeds_of[_label(one)] > 1]
+    fastest = max(good, key=lambda one: speeds_of[_label(one)], default=None)
     return Chosen(
-        fastest=None if fastest is None else fastest.spec,
+        fastest=fastest,
         controller=None if best is None else best.spec,
         stopping=None if stopping is None else stopping.spec,
+        shortlist=max((one for one in unread if one in good), key=lambda one: speeds_of[_label(one)], default=None),
         lossless=lossless(name, manifest, held),
-        controls=controls(_run(benchmark, (fastest or finalists[0]).spec), manifest),
+        controls=controls(_run(benchmark, fastest or live[0]), manifest),
     )
+
+
+def nobody_leaves(shortlist_above: float) -> Asked:
+    """All layers for every token; behind the last the shortlist alone is read where it seems to do."""
+    return {"confidence": {"threshold": 1.0, "ask_above": 1.0, "shortlist_above": shortlist_above}}
+
+
+def _reading(asked: Asked, shortlist_above: float) -> Asked:
+    [(kind, options)] = asked.items()
+    return {kind: options | {"shortlist_above": shortlist_above}}
 
 
 def on_the_front(replayed: ReplayReport) -> list[ReplayedPolicy]:
@@ -256,7 +283,7 @@ def judged(name: str, manifest: ExitsManifest, chosen: Chosen) -> Iterator[Row]:
     plain = unshortened(name, benchmarks[:1], chosen, manifest)
     if plain is not None and chosen.fastest is not None:
         speed = _run(report.benchmarks[0], chosen.fastest).summary.speedup_token
-        without = _run(plain.benchmarks[0], chosen.fastest).summary.speedup_token
+        without = _run(plain.benchmarks[0], _plain(chosen.fastest)).summary.speedup_token
         yield from split(speed, without, f"{name}, {_named(plain.benchmarks[0])}")
 
 
@@ -265,6 +292,9 @@ def table(benchmark: BenchmarkReport, chosen: Chosen, where: str, wanted: float)
     if chosen.fastest is not None:
         speed = _run(benchmark, chosen.fastest).summary.speedup_token
         yield row(f"{where}: chosen for at most 1.1 % loss: speedup", speed, "x", at_least=wanted)
+    if chosen.shortlist is not None:
+        speed = _run(benchmark, chosen.shortlist).summary.speedup_token
+        yield row(f"{where}: nothing but the shortlist behind the last layer: speedup", speed, "x")
     for what, one in (("controller without stops", chosen.controller), ("with stops", chosen.stopping)):
         if one is not None:
             s = _run(benchmark, one).summary
@@ -305,7 +335,7 @@ def at_one_depth(db: Database, name: str, manifest: ExitsManifest, chosen: Chose
     """Replayed: of every kind the policy that goes as deep as the chosen one, and the oracle; and the stops."""
     trace = traced(db, name, benchmark, f"{name}: traced")
     by_chance = [one for one in chosen.controls if "random" in one]
-    mine = [one for one in (chosen.fastest, *by_chance) if one is not None]
+    mine = [one for one in (chosen.fastest and _plain(chosen.fastest), *by_chance) if one is not None]
     stopping = [] if chosen.stopping is None else [chosen.stopping]
     asked = [*mine, *stopping, "oracle", *every_policy(manifest)]
     found = replay_trace(trace, ReplaySpec(policies=asked))
@@ -340,8 +370,16 @@ def unshortened(name: str, benchmarks: list[Asked], chosen: Chosen, manifest: Ex
     with tempfile.TemporaryDirectory() as folder:
         tensors = load_file(find_bundle(name) / TENSORS)
         del tensors["shortlist"]
-        write_bundle(Path(folder) / "whole", manifest.model_copy(update={"shortlist": None}), tensors)
-        return evaluated(f"{folder}/whole", benchmarks, [chosen.fastest], f"{name}: without the shortlist")
+        write_bundle(
+            Path(folder) / "whole", manifest.model_copy(update={"shortlist": None, "detector": False}), tensors
+        )
+        return evaluated(f"{folder}/whole", benchmarks, [_plain(chosen.fastest)], f"{name}: without the shortlist")
+
+
+def _plain(asked: Asked) -> Asked:
+    """The same policy where the whole vocabulary is always read."""
+    [(kind, options)] = asked.items()
+    return {kind: {key: value for key, value in options.items() if key != "shortlist_above"}}
 
 
 # --- small things ----------------------------------------------------------------------------------------------------

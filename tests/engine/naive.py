@@ -141,6 +141,11 @@ class Judge:
         policy = self.policy
         if isinstance(policy, Fixed):
             return EXIT
+        if isinstance(policy, Confidence | Margin | Entropy) and policy.ask_above is not None:
+            leaving = self.judge(state)[EXIT]
+            self._hangs_on(leaving - policy.ask_above)
+            if leaving <= policy.ask_above:
+                return CONTINUE
         if isinstance(policy, Confidence):
             _, confidence = self.predict(point, state)
             threshold = policy.threshold
@@ -188,6 +193,24 @@ class Judge:
         self._hangs_on(lead)
         return allowed[place], softmax(logits)[place]
 
+    def reads_shortlist(self, state: torch.Tensor, step: int) -> bool:
+        """Whether behind the last layer the shortlist alone is read."""
+        if self.policy.shortlist_above is None or step < self.policy.full_first:
+            return False
+        tensors = self.bundle.tensors
+        own = state / math.sqrt(float((state * state).mean()) + 1e-6)
+        has = 1 / (1 + math.exp(-float(tensors["detector.weight"] @ own + tensors["detector.bias"])))
+        self._hangs_on(has - self.policy.shortlist_above)
+        return has > self.policy.shortlist_above
+
+    def predict_short(self, state: torch.Tensor) -> tuple[int, float]:
+        """Token and probability among the shortlist, behind the last layer."""
+        allowed = self.bundle.tensors["shortlist"].tolist()
+        logits = self.model.lm_head(final_norm(self.model)(state))[allowed].tolist()
+        place, lead = best(logits)
+        self._hangs_on(lead)
+        return allowed[place], softmax(logits)[place]
+
     def probabilities(self, point: int, state: torch.Tensor) -> list[float]:
         """What the head at `point` before full depth thinks of each token that it knows."""
         return softmax(self.bundle.logits(self.model, point, state)[0])
@@ -221,6 +244,8 @@ def complete(
             text.leave(layer)
         if decision == STOP:
             token, confidence = -1, judge.judge(state)[2]
+        elif decision == CONTINUE and judge.reads_shortlist(state, len(written.token_ids)):
+            decision, (token, confidence) = EXIT, judge.predict_short(state)
         else:
             token, confidence = judge.predict(n_layers if isinstance(policy, Static) else layer, state)
         _note(written, token, layer, decision, confidence, judge.margin, text.waiting)
@@ -232,7 +257,11 @@ def _walk(text: "_Copied | _Recomputed", judge: Judge, written: Written, new: in
     policy, step = judge.policy, len(written.token_ids)
     if isinstance(policy, Static):
         return len(layers_of(judge.model)) - len(set(policy.layers)), EXIT, _pruned(text, policy, written.token_ids[-1])
-    left = [decision == "exit" for decision in written.decisions]
+    n_layers = len(layers_of(judge.model))
+    left = [
+        decision == "exit" and layer < n_layers
+        for decision, layer in zip(written.decisions, written.exit_layers, strict=True)
+    ]
     in_row = len(left) - max((i + 1 for i, early in enumerate(left) if not early), default=0)
     free = (
         step >= policy.full_first and text.waiting < policy.max_debt and in_row < (policy.max_exits_in_row or math.inf)

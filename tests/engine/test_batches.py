@@ -33,7 +33,23 @@ def _policies() -> st.SearchStrategy[PolicySpec]:
         st.builds(lambda **o: policy("patience", **o), patience=st.integers(1, 3), kv=kv, max_debt=max_debt),
         st.builds(lambda **o: policy("controller", **o), exit=share, stop=share, kv=kv, max_debt=max_debt),
         st.builds(lambda **o: policy("sec", **o), exit=share, stop=share),
+        st.builds(lambda **o: policy("confidence", **o), threshold=st.floats(0, 0.4), ask_above=share, kv=kv),
     )
+
+
+def test_rows_read_the_shortlist_alone_each_for_itself(tiny_engine: Callable[..., Engine]) -> None:
+    """Protects `shortlist_above` in a batch: some rows of a step read it, others the whole vocabulary."""
+    engine = tiny_engine("llama", head="lens", shortlist=100)
+    spec = policy("confidence", threshold=0.3, shortlist_above=0.5, ask_above=0.2)
+    together = engine.decode(engine.prefill(PROMPTS, NEW), spec, max_new_tokens=NEW, ends_with_line=False).completions
+    seen = set()
+    for prompt, completion in zip(PROMPTS, together, strict=True):
+        alone = engine.decode(engine.prefill([prompt], NEW), spec, max_new_tokens=NEW, ends_with_line=False)
+        [own] = alone.completions
+        assert own.records.token_ids.tolist() == completion.records.token_ids.tolist()
+        assert own.decisions == completion.decisions
+        seen |= set(zip(completion.decisions, completion.records.exit_layers.tolist(), strict=True))
+    assert {("exit", engine.n_layers), ("full", engine.n_layers)} < seen
 
 
 BUNDLES = [

@@ -108,6 +108,13 @@ def test_labels(written: object, label: str) -> None:
             "position, random, sec, self-speculative, state-similarity, static.",
         ),
         ({"confidence": {"threshold": 0.5, "verify": True}}, "kv is 'copy' and verify is true"),
+        (
+            {"confidence": {"threshold": 0.5, "kv": "recompute", "verify": True, "shortlist_above": 0.9}},
+            "shortlist_above is 0.9 and verify is true",
+        ),
+        ({"full": {"shortlist_above": 0.9}}, "'shortlist_above' is 0.9"),
+        ({"static": {"layers": [2], "shortlist_above": 0.9}}, "'shortlist_above' is 0.9"),
+        ({"fixed": {"exit_layer": 2, "ask_above": 0.9}}, "'ask_above' is not known here"),
         ({"sec": {"exit": 0.5, "stop": 0.5, "verify": True}}, "kv is 'copy' and verify is true"),
         ({"self-speculative": {"exit_layer": 3, "verify": False}}, "'verify' is False; input should be True"),
         ({"self-speculative": {"exit_layer": 3, "kv": "mask"}}, "'kv' is 'mask'; input should be 'recompute'"),

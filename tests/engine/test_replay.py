@@ -27,6 +27,7 @@ TIE = 1e-5
 LENGTHS = [14, 9, 3, 12]
 
 unit = st.floats(0, 1)
+asked = st.none() | st.floats(0, 0.7)
 options = st.fixed_dictionaries(
     {
         "max_debt": st.integers(1, 4),
@@ -37,10 +38,11 @@ options = st.fixed_dictionaries(
 )
 kinds = st.one_of(
     st.tuples(
-        st.just("confidence"), st.fixed_dictionaries({"threshold": unit, "decay": st.none() | st.floats(0.1, 9)})
+        st.just("confidence"),
+        st.fixed_dictionaries({"threshold": unit, "decay": st.none() | st.floats(0.1, 9), "ask_above": asked}),
     ),
-    st.tuples(st.just("margin"), st.fixed_dictionaries({"threshold": unit})),
-    st.tuples(st.just("entropy"), st.fixed_dictionaries({"threshold": st.floats(0, 5)})),
+    st.tuples(st.just("margin"), st.fixed_dictionaries({"threshold": unit, "ask_above": asked})),
+    st.tuples(st.just("entropy"), st.fixed_dictionaries({"threshold": st.floats(0, 5), "ask_above": asked})),
     st.tuples(st.just("patience"), st.fixed_dictionaries({"patience": st.just(1)})),
     st.tuples(st.just("state-similarity"), st.fixed_dictionaries({"threshold": unit})),
     st.tuples(st.just("position"), st.just({"deepest": 6, "shallowest": 1, "over": 5})),
@@ -83,7 +85,10 @@ def _nearness(spec: PolicySpec, traced: Traced, token: int) -> float:
         step, threshold = int(traced.steps[token]), spec.threshold
         if getattr(spec, "decay", None):
             threshold = min(1.0, 0.9 * threshold + 0.1 * np.exp(-spec.decay * step / traced.max_new_tokens))
-        return float(np.abs(getattr(traced, column[spec.kind])[:, token] - threshold).min())
+        near = float(np.abs(getattr(traced, column[spec.kind])[:, token] - threshold).min())
+        if getattr(spec, "ask_above", None) is not None:
+            near = min(near, float(np.abs(traced.controller[:, 1, token] - spec.ask_above).min()))
+        return near
     if spec.kind == "patience":
         return float(traced.margins[:, token].min())
     if spec.kind == "controller":
@@ -151,6 +156,20 @@ def test_ideal_cost_is_the_engines(piece: Callable[[int], Piece], kv: str, spec:
     assert steps.cost(asked, told).sum() == pytest.approx(
         cost(decoding.work, engine.stack.shape, MACHINE).ideal_ns, abs=1
     )
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ("confidence", {"threshold": 0.1, "ask_above": 0.35, "max_exits_in_row": 2}),
+        ("margin", {"threshold": 0.02, "ask_above": 0.3, "full_first": 2}),
+    ],
+)
+def test_ideal_cost_where_the_controller_is_asked_first(
+    piece: Callable[[int], Piece], spec: tuple[str, dict[str, object]]
+) -> None:
+    """The same where the controller says which heads are worth asking: its word hangs on exact keys and values."""
+    test_ideal_cost_is_the_engines(piece, "recompute", spec)
 
 
 def cost_model(engine: Engine) -> CostModel:
@@ -265,6 +284,8 @@ def test_pareto_front() -> None:
         (policy("random", exit_layers=[3], shares=[0.1]), "exit_layers is 3"),
         (policy("patience", patience=9), "patience is 9"),
         (policy("controller", exit=0.5, stop=0.5), "needs the column controller"),
+        (policy("confidence", threshold=0.5, ask_above=0.5), "with ask_above needs the column controller"),
+        (policy("fixed", exit_layer=4, shortlist_above=0.9), "shortlist_above is 0.9, and a trace does not hold"),
     ],
 )
 def test_what_a_trace_cannot_answer_is_refused(spec: PolicySpec, sentence: str) -> None:

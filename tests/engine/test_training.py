@@ -39,7 +39,8 @@ def test_an_interrupted_training_ends_as_an_unbroken_one(
     whole, resumed = (load_file(tmp_path / name / TENSORS) for name in ("unbroken", "broken"))
     controllers = promised(controller, world.exit_points, HIDDEN)  # type: ignore[arg-type]
     assert whole.keys() == resumed.keys() == {
-        "shortlist", *controllers, "heads.2.down", "heads.2.up", "heads.4.down", "heads.4.up",
+        "shortlist", "detector.weight", "detector.bias", *controllers,
+        "heads.2.down", "heads.2.up", "heads.4.down", "heads.4.up",
     }  # fmt: skip
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
@@ -64,6 +65,26 @@ def test_a_trained_bundle_serves_its_model_and_says_how_it_was_made(
     for policy in ({"confidence": {"threshold": 0.0}}, {"sec": {"exit": 0.0, "stop": 1.0}}):
         [completion] = engine.complete(["def alpha_1_"], policy, max_new_tokens=8)
         assert set(completion.exit_layers) <= {2, 4, engine.n_layers}
+
+
+def test_the_detector_knows_what_the_shortlist_has(world: TrainSpec, tmp_path: Path) -> None:
+    """On code like that it learned from it tells tokens of the shortlist from others, and a policy reads by it."""
+    spec = changed(world, shortlist=8, holdout=world.corpus[1:], corpus=world.corpus[:1], controller=False)
+    manifest = train(spec, tmp_path / "bundle")
+    scores = manifest.scores["full"]
+    assert manifest.detector
+    assert 0.05 < scores["shortlist_has"] < 0.95, "the test would not see a detector that says nothing"
+    assert scores["detector_auroc"] > 0.6
+    with own_cache(tmp_path / "cache"):
+        engine = Engine(spec.model, tmp_path / "bundle", device="cpu")
+    policy = {"fixed": {"exit_layer": 4, "max_exits_in_row": 1, "shortlist_above": 0.1}}
+    [completion] = engine.complete(["def alpha_1_"], policy, max_new_tokens=12)
+    behind = {
+        decision: [layer == engine.n_layers for layer, said in zip(*pair, strict=True) if said == decision]
+        for pair in [(completion.exit_layers, completion.decisions)]
+        for decision in completion.decisions
+    }
+    assert any(behind["exit"]), "no token was read from the shortlist behind the last layer"
 
 
 def test_lenses_learn(world: TrainSpec, tmp_path: Path) -> None:

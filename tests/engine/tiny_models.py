@@ -211,9 +211,13 @@ def make_bundle(
         tensors |= {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
     elif controller:
         tensors["controller"] = torch.randn(3, facts.hidden_size) * 0.12
+    detector = shortlist is not None and head != "untied"
+    if detector:
+        tensors |= {"detector.weight": torch.randn(facts.hidden_size) * 0.2, "detector.bias": torch.zeros(1)}
     return write_bundle(
-        folder, facts, tensors, head=head, exit_points=points, shortlist=shortlist, controller=controller
-    )
+        folder, facts, tensors, head=head, exit_points=points, shortlist=shortlist, controller=controller,
+        detector=detector,
+    )  # fmt: skip
 
 
 def _random_heads(
