@@ -19,7 +19,6 @@ from engine.spec import ControllerKind
 #: continue, exit, stop
 CLASSES = 3
 SEC = "controller"
-DETECTOR_WEIGHT, DETECTOR_BIAS = "detector.weight", "detector.bias"
 
 
 class Controller:
@@ -54,25 +53,6 @@ class Controller:
         if left is not None and self.recalls:
             logits += torch.as_tensor(left, device=states.device)[:, None] * self.after_exit.float()
         return logits.softmax(dim=-1)
-
-
-class Detector:
-    """From states behind the last layer, the probability that the shortlist has the token that full depth would write.
-
-    Logistic regression on the state in units of its own size.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        weight, bias = tensors[DETECTOR_WEIGHT], tensors[DETECTOR_BIAS]
-        # Two classes, of which the first says nothing: softmax of the two is the sigmoid of the second.
-        self.weight = torch.stack([torch.zeros_like(weight), weight])
-        self.bias = torch.cat([torch.zeros_like(bias), bias])
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """[states, hidden] to [states]."""
-        if native.fits(states):
-            return native.judge(states, self.weight, self.bias, True, [False] * len(states), self.bias)[:, 1]
-        return F.linear(in_own_size(states), self.weight, self.bias).float().softmax(dim=-1)[:, 1]
 
 
 def in_own_size(states: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from engine.cache import KeyValues, Span
 from engine.cost import Work
 from engine.debts import build_debts
 from engine.errors import NumericalError
-from engine.heads import Choice, Heads, choose, full_depth
+from engine.heads import Choice, Heads, Prediction, choose, full_depth
 from engine.policies import CONTINUE, EXIT, STOP, Batch, Rule, View
 from engine.record import Decision, Finish, TokenRecords
 from engine.spec import PolicySpec
@@ -158,10 +158,7 @@ class Decoding:
         return [self._left(row, self.at[row] - 1) for row in rows]
 
     def _left(self, row: int, step: int) -> bool:
-        """Whether a token skipped layers; one that only the shortlist was read for did not."""
-        if self.drafts[row, step] > 0:
-            return True
-        return bool(self.decisions[row, step] == Decision.EXIT and self.exit_layers[row, step] < self.stack.n_layers)
+        return bool(self.decisions[row, step] == Decision.EXIT or self.drafts[row, step] > 0)
 
     def _exits_in_row(self, row: int) -> int:
         """How many of the row's newest tokens left early, one after another."""
@@ -294,28 +291,25 @@ class Decoding:
             return
         if self.rule.removed:
             self.debts.layers_run[rows, [self.at[row] for row in rows]] = self.depth
-        if self.policy.shortlist_above is not None:
-            rows, states = self._write_short(rows, states, float(np.float32(self.policy.shortlist_above)))
+        if self.policy.preview is not None:
+            rows, states = self._write_foreseen(rows, states, self.policy.preview)
         if rows:
             self._write_full(rows, self._full_depth(states))
 
-    def _write_short(self, rows: list[int], states: Tensor, above: float) -> tuple[list[int], Tensor]:
-        """Where the shortlist seems to have full depth's token it alone is read; give back the other rows."""
-        assert self.heads.detector is not None
-        sure = self.heads.detector(states).tolist()
-        short = [p for p, row in enumerate(rows) if sure[p] > above and self.at[row] >= self.policy.full_first]
-        if not short:
+    def _write_foreseen(self, rows: list[int], states: Tensor, count: int) -> tuple[list[int], Tensor]:
+        """Write what a preview of the vocabulary finds; give back the rows that owe a choice among all of it."""
+        free = [place for place, row in enumerate(rows) if self.at[row] >= self.policy.full_first]
+        if not free:
             return rows, states
-        self.work.head(parameters=self.heads.unembedder.parameters, states=len(short))
-        taken = [rows[p] for p in short]
-        choice = self._choose_short(taken, states if len(short) == len(rows) else states[short])
-        rest = [p for p in range(len(rows)) if p not in set(short)]
-        left_over = [rows[p] for p in rest], states[rest]
-        self._write(taken, choice, self.stack.n_layers, Decision.EXIT)
+        assert self.heads.preview is not None
+        found = self.heads.foresee(states if len(free) == len(rows) else states[free], count)
+        self.work.head(parameters=self.heads.preview.parameters(0), states=len(free))
+        for exact in found.exact:
+            self.work.head(parameters=exact * self.stack.hidden_size, states=1)
+        rest = sorted(set(range(len(rows))) - set(free))
+        left_over = [rows[place] for place in rest], states[rest]
+        self._write_full([rows[place] for place in free], Prediction(found.tokens, found.probabilities, found.logits))
         return left_over
-
-    def _choose_short(self, rows: list[int], states: Tensor) -> Choice:
-        return self.heads.shortened(states)
 
     def _full_depth(self, states: Tensor) -> Choice:
         self.work.head(parameters=self.stack.unembedding.numel(), states=len(states))

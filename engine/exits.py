@@ -44,7 +44,7 @@ class ExitsManifest(Spec):
         None, ge=1, description="tokens that a head may predict; the whole vocabulary when absent"
     )
     controller: ControllerKind | None
-    detector: bool = Field(False, description="whether it says where the shortlist has full depth's token")
+    preview: int | None = Field(None, ge=1, description="rank of the look at all tokens behind the last layer")
     tuned_weights_hash: str | None = Field(
         None, description="of the model with the bundle's deltas; absent where they leave the model as it came"
     )
@@ -227,10 +227,10 @@ def check_policy(policy: PolicySpec, manifest: ExitsManifest | None, n_layers: i
             f"policy {policy.kind!r}{field} needs a controller, and the exits of {manifest.model!r} have none; train "
             "one."
         )
-    if policy.shortlist_above is not None and manifest is not None and not manifest.detector:
+    if policy.preview is not None and (manifest is None or manifest.preview is None):
+        of = "there are no exits" if manifest is None else f"the exits of {manifest.model!r} have none"
         raise BadInput(
-            f"policy {policy.kind!r}: shortlist_above needs a detector, and the exits of {manifest.model!r} have none; "
-            "train them again, with a shortlist, or leave it out."
+            f"policy {policy.kind!r}: preview is {policy.preview}, and {of}; train some with one, or leave it out."
         )
     if policy.asks is not None and manifest is not None and manifest.controller != policy.asks:
         raise BadInput(

@@ -89,9 +89,6 @@ class _Forced(Decoding):
         shortlist = self.heads.shortlist if view.point < self.stack.n_layers else None
         return _told(prediction, self._next(rows), shortlist)
 
-    def _choose_short(self, rows: list[int], states: Tensor) -> Choice:
-        return _told(self.heads.shortened(states), self._next(rows), self.heads.shortlist)
-
     def _write_full(self, rows: list[int], choice: Choice) -> None:
         assert isinstance(choice, Prediction)
         super()._write_full(rows, _told(choice, self._next(rows), None))

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine import controllers, native
-from engine.controllers import DETECTOR_BIAS, DETECTOR_WEIGHT, Controller, Detector
+from engine import controllers, native, preview
+from engine.controllers import Controller
 from engine.deltas import PREFIX, check_deltas
 from engine.errors import BadInput
 from engine.exits import MANIFEST, TENSORS, ExitsManifest, read_manifest
 from engine.matrices import Matrix
+from engine.preview import Foreseen, Preview
 from engine.spec import ControllerKind, HeadKind
 from engine.stack import LayerStack
 
@@ -85,7 +86,8 @@ class Heads:
         }
         self.shortlist = tensors.get("shortlist")
         self.controller = None if controller is None else Controller(controller, points, tensors)
-        self.detector = Detector(tensors) if DETECTOR_WEIGHT in tensors else None
+        bias = stack.unembedder.bias
+        self.preview = Preview(stack.unembedding, bias, tensors) if preview.UP in tensors else None
         self.unembedder = stack.unembedder
         if self.shortlist is not None and kind != "untied":  # those have matrices of their own
             self.unembedder = _shortened(stack, self.shortlist)
@@ -113,7 +115,8 @@ class Heads:
     def all_matrices(self) -> list[Matrix]:
         """The matrices that come on top of the model's own."""
         shortlisted = [] if self.unembedder is self.stack.unembedder else [self.unembedder]
-        return shortlisted + list(self.untied.values())
+        looks = [] if self.preview is None else [self.preview.matrix]
+        return shortlisted + list(self.untied.values()) + looks
 
     def parameters(self, point: int) -> int:
         """Parameters that a state multiplies with in the head at `point`."""
@@ -138,9 +141,10 @@ class Heads:
             return full_depth(self.stack, states)
         return choose(self.logits(point, states), self.shortlist)
 
-    def shortened(self, states: Tensor) -> Prediction:
-        """What the shortlist alone says of states [states, hidden] behind the last layer."""
-        return choose(self.unembedder(self.stack.norm(states)), self.shortlist)
+    def foresee(self, states: Tensor, count: int) -> Foreseen:
+        """What full depth would most likely write of states [states, hidden] behind the last layer."""
+        assert self.preview is not None
+        return self.preview(self.stack.norm(states), count)
 
     def judge(self, point: int, states: Tensor, left: Sequence[bool] | Tensor | None = None) -> Tensor:
         """The controller's probabilities [states, 3] of continue, exit and stop, from raw states [states, hidden].
@@ -180,8 +184,8 @@ def _promised(manifest: ExitsManifest) -> dict[str, tuple[int, ...]]:
             shapes[f"heads.{point}.weight"] = (outputs, hidden)
     if manifest.shortlist:
         shapes["shortlist"] = (manifest.shortlist,)
-    if manifest.detector:
-        shapes |= {DETECTOR_WEIGHT: (hidden,), DETECTOR_BIAS: (1,)}
+    if manifest.preview:
+        shapes |= {preview.DOWN: (manifest.preview, hidden), preview.UP: (hidden, manifest.preview)}
     if manifest.controller:
         shapes |= controllers.promised(manifest.controller, manifest.exit_points, hidden)
     return shapes

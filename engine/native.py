@@ -407,3 +407,95 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
     places, probabilities = empty(len(logits), dtype=int64_), empty(len(logits))
     _most_likely(logits.contiguous().numpy(), places.numpy(), probabilities.numpy())
     return places, probabilities
+
+
+#: a row's values are sorted into so many parts, from the highest down over so much
+_PARTS, _SPREAD = 512, 32.0
+
+
+@kept(nb.njit, float32(ROW, int64), fastmath=FAST, nogil=True, error_model="numpy")
+def _lowest_of_highest(row: Floats, count: int) -> np.float32:
+    """The lowest of the `count` highest values; -inf where they lie too far apart to tell."""
+    highest = np.float32(-np.inf)
+    for i in range(len(row)):
+        highest = max(highest, row[i])
+    parts, scale = np.zeros(_PARTS, np.int64), np.float32(_PARTS / _SPREAD)
+    for i in range(len(row)):
+        part = (highest - row[i]) * scale
+        if part < np.float32(_PARTS):
+            parts[int(part)] += 1
+    above, last = int64(0), 0
+    while last < _PARTS and above + parts[last] < count:
+        above += parts[last]
+        last += 1
+    if last == _PARTS:
+        return np.float32(-np.inf)
+    among, found = np.empty(parts[last], np.float32), 0
+    for i in range(len(row)):
+        part = (highest - row[i]) * scale
+        if part < np.float32(_PARTS) and int(part) == last:
+            among[found] = row[i]
+            found += 1
+    among.sort()
+    return among[len(among) - (count - above)]
+
+
+@loop(void(TABLE, TABLE, TABLE, ROW, int64, PLACES, ROW, PLACES))
+def _refine(
+    logits: Floats,
+    states: Floats,
+    weight: Floats,
+    bias: Floats,
+    count: int,
+    best: npt.NDArray[np.int64],
+    probabilities: Floats,
+    exact: npt.NDArray[np.int64],
+) -> None:
+    for token in range(logits.shape[0]):
+        row, state = logits[token], states[token]
+        lowest = _lowest_of_highest(row, count)
+        best[token], top, computed = 0, np.float32(-np.inf), int64(0)
+        for i in range(len(row)):
+            if row[i] < lowest:
+                continue
+            own = weight[i]
+            total = np.float32(0)
+            for j in range(len(state)):
+                total += own[j] * state[j]
+            if len(bias):
+                total += bias[i]
+            row[i] = total
+            computed += 1
+            if total > top or total != total:  # what is no number is to be seen
+                best[token], top = i, total
+        exact[token] = computed
+        highest = top
+        for i in range(len(row)):
+            highest = max(highest, row[i])
+        total = np.float32(0)
+        for i in range(len(row)):
+            total += exp(row[i] - highest)
+        probabilities[token] = exp(top - highest) / total
+
+
+def refine(
+    logits: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make at least `count` of each row's highest logits exact, in place; gives the place of the highest of these, its
+    softmax probability among all, and how many are exact.
+
+    logits: [states, vocabulary]; states: [states, hidden]; weight: [vocabulary, hidden]; bias: [vocabulary].
+    """
+    best, exact = empty(len(logits), dtype=int64_), empty(len(logits), dtype=int64_)
+    probabilities = empty(len(logits))
+    _refine(
+        logits.numpy(),
+        states.contiguous().numpy(),
+        weight.numpy(),
+        np.empty(0, np.float32) if bias is None else bias.numpy(),
+        count,
+        best.numpy(),
+        probabilities.numpy(),
+        exact.numpy(),
+    )
+    return best, probabilities, exact

@@ -48,10 +48,11 @@ class PolicySpec(Spec):
     min_layer: int | None = Field(None, ge=1, description="exit points before this layer are not asked")
     max_exits_in_row: int | None = Field(None, ge=1, description="after so many, the next token runs at full depth")
     full_first: int = Field(1, ge=1, description="a completion's first tokens that run at full depth; one always does")
-    shortlist_above: Probability | None = Field(
+    preview: int | None = Field(
         None,
-        description="behind the last layer the shortlist alone is read where, the bundle's detector says, it has full "
-        "depth's token with more than this probability; absent: the whole vocabulary is always read",
+        ge=1,
+        description="behind the last layer the logits of at least so many tokens are computed, those that the bundle's "
+        "preview finds likeliest; absent: of all tokens",
     )
 
     @model_validator(mode="after")
@@ -61,10 +62,10 @@ class PolicySpec(Spec):
                 f"policy {self.kind!r}: kv is {self.kv!r} and verify is true, but only keys that are recomputed can be "
                 "verified; give kv: recompute, or leave verify out."
             )
-        if self.verify and self.shortlist_above is not None:
+        if self.verify and self.preview is not None:
             raise ValueError(
-                f"policy {self.kind!r}: shortlist_above is {self.shortlist_above} and verify is true, but only the "
-                "whole vocabulary verifies; leave one of them out."
+                f"policy {self.kind!r}: preview is {self.preview} and verify is true, but only the whole vocabulary "
+                "verifies; leave one of them out."
             )
         return self
 
@@ -97,7 +98,7 @@ class Full(PolicySpec):
     rule = "engine.policies:FullDepth"
     needs = "nothing"
 
-    shortlist_above: None = None
+    preview: None = None
 
 
 class Original(PolicySpec):
@@ -108,7 +109,7 @@ class Original(PolicySpec):
     needs = "tuning"
     untuned = True
 
-    shortlist_above: None = None
+    preview: None = None
 
 
 class Fixed(PolicySpec):
@@ -213,7 +214,7 @@ class Static(PolicySpec):
     min_layer: None = None
     max_exits_in_row: None = None
     full_first: Literal[1] = 1
-    shortlist_above: None = None
+    preview: None = None
     layers: tuple[int, ...] = Field(min_length=1, description="which layers are left out, counted from 1")
 
 
@@ -248,7 +249,7 @@ class SelfSpeculative(PolicySpec):
 
     kv: Literal["recompute"] = "recompute"
     verify: Literal[True] = True
-    shortlist_above: None = None
+    preview: None = None
     exit_layer: int = Field(ge=1)
     threshold: Probability = Field(0.5, description="a token of less confidence is not drafted")
 
@@ -271,7 +272,7 @@ class Sec(Controller):
     asks = "sec"
 
     kv: Literal["copy"] = "copy"
-    shortlist_above: None = None
+    preview: None = None
 
 
 policies: Registry[type[PolicySpec]] = Registry(

@@ -100,7 +100,7 @@ def import_exits(
         note(f"exits written to {out}")
 
 
-_COLUMNS = ("model", "weights", "exit points", "heads", "controller", "detector", "tuned weights")
+_COLUMNS = ("model", "weights", "exit points", "heads", "controller", "preview", "tuned weights")
 
 
 def _facts(manifest: "ExitsManifest") -> dict[str, str]:
@@ -113,7 +113,7 @@ def _facts(manifest: "ExitsManifest") -> dict[str, str]:
         ", ".join(map(str, manifest.exit_points)),
         heads,
         manifest.controller or "none",
-        "of the shortlist" if manifest.detector else "none",
+        "none" if manifest.preview is None else f"of rank {manifest.preview}",
         "as they came" if manifest.tuned_weights_hash is None else f"{manifest.tuned_weights_hash[:12]}…",
     )
     return dict(zip(_COLUMNS, values, strict=True))

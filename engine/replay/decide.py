@@ -70,10 +70,10 @@ def check_replayable(policy: PolicySpec, exit_points: tuple[int, ...], n_layers:
             f"policy {policy.kind!r} cannot be replayed: a trace does not hold what it goes by; run it. Replayed are: "
             f"{known}."
         )
-    if policy.shortlist_above is not None:
+    if policy.preview is not None:
         raise BadInput(
-            f"policy {policy.kind!r}: shortlist_above is {policy.shortlist_above}, and a trace does not hold what the "
-            "shortlist would say behind the last layer; run it, or leave shortlist_above out."
+            f"policy {policy.kind!r}: preview is {policy.preview}, and a trace does not hold what a preview overlooks; "
+            "run it, or leave preview out."
         )
     if policy.asks_controller and not has_controller:
         field = "" if policy.needs == "controller" else " with ask_above"

@@ -8,12 +8,11 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from engine.controllers import Detector
 from engine.exits import Bin
 from engine.heads import Heads
 from engine.policies import EXIT, STOP
-from engine.training.detector import in_shortlist
 from engine.training.labels import labels, left_before, predictions
+from engine.training.preview import normed
 from engine.training.spec import Labels
 from engine.training.states import States
 
@@ -21,6 +20,9 @@ _CLASSES = {"exit": EXIT, "stop": STOP}
 _BINS = 10
 #: a controller that stops this share of what is hopeless: what `stop_lift` is measured at
 _RECALL = 0.3
+#: tokens that a preview is scored with
+_EXACT = (256, 1024, 4096)
+_CHUNK = 512
 
 Reliability = dict[str, dict[str, list[Bin]]]
 
@@ -42,7 +44,8 @@ def held_out_scores(
     """By exit point, shares of places: `agrees` with full depth, `right`, and what may leave at 97 % and 95 % agreement
     by the head's own confidence. With a controller, against labels by `rule`: precision and recall of its most likely
     class beside the class's base rate, AUROC, and of stop the lift over the base rate at a recall of 0.3. Under `full`:
-    how often full depth is right, how often a token is labelled STOP, and where there is a detector how good it is.
+    how often full depth is right, how often a token is labelled STOP, and where there is a preview how often it finds
+    full depth's token.
 
     windows: how many places each window has, in order.
     """
@@ -72,21 +75,25 @@ def held_out_scores(
         if found:
             scores[str(point)] = found
     scores["full"] = {"right": _share(full == reference), "no_layer_right": _share(label[:, -1] == STOP)}
-    if heads.detector is not None and heads.shortlist is not None:
-        scores["full"] |= _detector_scores(heads.detector, heads.shortlist, states)
+    if heads.preview is not None:
+        scores["full"] |= _preview_scores(heads, states)
     return HeldOut(scores, reliability)
 
 
 @torch.inference_mode()
-def _detector_scores(detector: Detector, shortlist: Tensor, states: States) -> dict[str, float]:
-    """How often the shortlist has full depth's token, and what may be read of it alone at 99 % agreement."""
-    says = detector(torch.from_numpy(np.array(states.hidden[:, -1])).to(detector.weight)).cpu()
-    has = in_shortlist(states, shortlist)
-    return {
-        "shortlist_has": _share(has),
-        "detector_auroc": auroc(says, has),
-        "reads_shortlist_at_99": _coverage(has, says, 0.99),
-    }
+def _preview_scores(heads: Heads, states: States) -> dict[str, float]:
+    """How often the preview finds full depth's token, by how many are computed exactly."""
+    assert heads.preview is not None
+    found = dict.fromkeys(_EXACT, 0)
+    for first in range(0, len(states), _CHUNK):
+        here = range(first, min(first + _CHUNK, len(states)))
+        x = normed(heads.stack, states, here)
+        looked = heads.preview.looked(x).cpu()
+        full = torch.from_numpy(np.array(states.full[first : here.stop])).long()
+        before = (looked > looked.gather(1, full[:, None])).sum(dim=1)
+        for count in found:
+            found[count] += int((before < count).sum())
+    return {f"preview_finds_in_{count}": hits / len(states) for count, hits in found.items()}
 
 
 def controller_scores(judged: Tensor, label: Tensor) -> dict[str, float]:

@@ -111,6 +111,9 @@ class TrainSpec(CorpusSpec, Pace):
     head: HeadKind = "lens"
     rank: int = Field(128, ge=1, description="of a lens")
     shortlist: int | None = Field(None, ge=2, description="let heads choose among the most frequent tokens only")
+    preview: int | None = Field(
+        64, ge=1, description="rank of the look at all tokens behind the last layer, for policies with `preview`"
+    )
     controller: ControllerSpec | None = Field(ControllerSpec(), description="true: SEC's; false: none")
     target: Target = Field(
         "full", description="heads learn full depth's distribution, its choice, the source's next token, or a mix"

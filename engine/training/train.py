@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.architectures import build_stack, check_family
-from engine.controllers import DETECTOR_WEIGHT, Detector
 from engine.deltas import PREFIX, merge_deltas, tuned_weights_hash
 from engine.device import find_device
 from engine.errors import BadInput
@@ -28,13 +27,14 @@ from engine.exits import (
 )
 from engine.heads import Heads
 from engine.loading import ModelFacts, load_model, load_tokenizer, resolve_model
+from engine.preview import DOWN
 from engine.stack import LayerStack
 from engine.training.backbone import Backbone
 from engine.training.checkpoint import Log, making
 from engine.training.controller import train_controller
 from engine.training.corpus import Corpus, Entry, read_corpora
-from engine.training.detector import train_detector
 from engine.training.heads import HeadTrainer
+from engine.training.preview import find_preview
 from engine.training.scores import held_out_scores
 from engine.training.shortlist import choose_shortlist, coverage
 from engine.training.sources import check_apart
@@ -92,9 +92,12 @@ def train(
         )  # fmt: skip
         with torch.inference_mode():
             heads = Heads(stack, spec.head, spec.exit_points, tensors, spec.controller.kind)
-    if "shortlist" in tensors and spec.head != "untied":
-        tensors |= train_detector(learned, tensors["shortlist"])
-        heads.detector = Detector({name: tensor.to(stack.unembedding) for name, tensor in tensors.items()})
+    if spec.preview is not None:
+        tensors |= find_preview(stack, learned, spec.preview)
+        with torch.inference_mode():
+            heads = Heads(
+                stack, spec.head, spec.exit_points, tensors, spec.controller.kind if spec.controller else None
+            )
     rule = spec.controller.labels if spec.controller else "sec"
     found = held_out_scores(heads, held, _report(on_progress, "scores"), places_of(kept.windows), rule)
     if "shortlist" in tensors:
@@ -205,7 +208,7 @@ def _manifest(
         rank=spec.rank if spec.head == "lens" else None,
         shortlist=spec.shortlist,
         controller=spec.controller.kind if spec.controller else None,
-        detector=DETECTOR_WEIGHT in tensors,
+        preview=len(tensors[DOWN]) if DOWN in tensors else None,
         training=spec.model_dump(mode="json"),
         corpus=[*corpus, *({**entry, "held_out": True} for entry in kept)],
         tuned_weights_hash=tuned_weights_hash(facts.weights_hash, tensors),

@@ -1,12 +1,12 @@
 """`make bench-exits`: what each shipped bundle is worth. No figure is asserted; they are printed and kept.
 
 For each bundle, on code that was held out when it was trained: a trace, a replay of every policy with many thresholds,
-the few on its front live, reading the shortlist alone behind the last layer, and the choice among them by quality and
-by speed at batch 1. Then only what was chosen, and at its depth the controls, on HumanEval's lines and on a source tree
+the few on its front live, with a preview behind the last layer, and the choice among them by quality and by speed at
+batch 1. Then only what was chosen, and at its depth the controls, on HumanEval's lines and on a source tree
 that neither training nor choice has seen: nothing is tuned to what it is judged on. Speeds are those of batch 1.
 Quality is counted again on more samples in batches of 16, for rows decide alone. A gain is split by doing the same
-without the shortlist, with nothing but the shortlist, and without stops; and traces say what every policy would do at
-the depth of the chosen one, beside `random` and the oracle.
+without shortlist and preview, with nothing but the preview, and without stops; and traces say what every policy would
+do at the depth of the chosen one, beside `random` and the oracle.
 
 In the environment: BENCH_BUNDLES (all that are shipped), BENCH_SAMPLES of each benchmark behind a speed (30),
 BENCH_QUALITY behind a quality (200; the issue wants 1,500), BENCH_SWEEP behind the choice (120), BENCH_ROUNDS batches
@@ -53,8 +53,8 @@ DATABASE = f"sqlite:///{FOLDER / 'exits.db'}"
 LOSS = 0.011
 #: shares of tokens that agree with full depth: at each the fastest policy is tried live
 LEVELS = (0.99, 0.98, 0.97, 0.95, 0.93)
-#: how sure the detector must be that the shortlist has full depth's token
-SHORTLIST_ABOVE = (0.9, 0.97)
+#: tokens whose logits are computed behind the last layer
+PREVIEWS = (1024, 2048)
 #: of what is hopeless a stopping controller finds this share
 RECALL = 0.3
 
@@ -157,14 +157,14 @@ class Chosen:
     fastest: Asked | None  #: within the loss, and faster than full depth by a replay
     controller: Asked | None  #: the fastest one that stops nothing
     stopping: Asked | None
-    shortlist: Asked | None  #: nobody leaves early; behind the last layer the shortlist alone is read
+    preview: Asked | None  #: nobody leaves early; behind the last layer few logits are computed
     lossless: Asked  #: verified
     controls: list[Asked]  #: at the depth of the fastest
 
     @property
     def policies(self) -> list[Asked]:
         found: list[Asked] = []
-        for one in (self.fastest, self.shortlist, self.controller, self.stopping, self.lossless, *self.controls):
+        for one in (self.fastest, self.preview, self.controller, self.stopping, self.lossless, *self.controls):
             found += [one] if one is not None and one not in found else []
         return found
 
@@ -178,8 +178,8 @@ def choice(db: Database, name: str, manifest: ExitsManifest) -> Generator[Row, N
     finalists = [one.spec for one in on_the_front(replayed)]
     best = _best(replayed, "controller")
     stopping = None if not manifest.controller else stopping_controller(trace, best)
-    unread = [nobody_leaves(above) for above in SHORTLIST_ABOVE] if manifest.detector and manifest.controller else []
-    live = [*(_reading(one, above) for one in finalists for above in SHORTLIST_ABOVE), *unread] if unread else finalists
+    unread = [nobody_leaves(count) for count in PREVIEWS] if manifest.preview and manifest.controller else []
+    live = [*(_foreseen(one, count) for one in finalists for count in PREVIEWS), *unread] if unread else finalists
     report = evaluated(name, [source_code(held, SWEEP)], live, f"{name}: choice on {held}", batch_size=16)
     write_page(report, FOLDER / f"exits-{name}-choice.html")
     benchmark, good = report.benchmarks[0], list[Asked]()
@@ -203,20 +203,20 @@ def choice(db: Database, name: str, manifest: ExitsManifest) -> Generator[Row, N
         fastest=fastest,
         controller=None if best is None else best.spec,
         stopping=None if stopping is None else stopping.spec,
-        shortlist=max((one for one in unread if one in good), key=lambda one: speeds_of[_label(one)], default=None),
+        preview=max((one for one in unread if one in good), key=lambda one: speeds_of[_label(one)], default=None),
         lossless=lossless(name, manifest, held),
         controls=controls(_run(benchmark, fastest or live[0]), manifest),
     )
 
 
-def nobody_leaves(shortlist_above: float) -> Asked:
-    """All layers for every token; behind the last the shortlist alone is read where it seems to do."""
-    return {"confidence": {"threshold": 1.0, "ask_above": 1.0, "shortlist_above": shortlist_above}}
+def nobody_leaves(preview: int) -> Asked:
+    """All layers for every token; behind the last few logits are computed."""
+    return {"confidence": {"threshold": 1.0, "ask_above": 1.0, "preview": preview}}
 
 
-def _reading(asked: Asked, shortlist_above: float) -> Asked:
+def _foreseen(asked: Asked, preview: int) -> Asked:
     [(kind, options)] = asked.items()
-    return {kind: options | {"shortlist_above": shortlist_above}}
+    return {kind: options | {"preview": preview}}
 
 
 def on_the_front(replayed: ReplayReport) -> list[ReplayedPolicy]:
@@ -292,9 +292,9 @@ def table(benchmark: BenchmarkReport, chosen: Chosen, where: str, wanted: float)
     if chosen.fastest is not None:
         speed = _run(benchmark, chosen.fastest).summary.speedup_token
         yield row(f"{where}: chosen for at most 1.1 % loss: speedup", speed, "x", at_least=wanted)
-    if chosen.shortlist is not None:
-        speed = _run(benchmark, chosen.shortlist).summary.speedup_token
-        yield row(f"{where}: nothing but the shortlist behind the last layer: speedup", speed, "x")
+    if chosen.preview is not None:
+        speed = _run(benchmark, chosen.preview).summary.speedup_token
+        yield row(f"{where}: nothing but the preview behind the last layer: speedup", speed, "x")
     for what, one in (("controller without stops", chosen.controller), ("with stops", chosen.stopping)):
         if one is not None:
             s = _run(benchmark, one).summary
@@ -370,16 +370,14 @@ def unshortened(name: str, benchmarks: list[Asked], chosen: Chosen, manifest: Ex
     with tempfile.TemporaryDirectory() as folder:
         tensors = load_file(find_bundle(name) / TENSORS)
         del tensors["shortlist"]
-        write_bundle(
-            Path(folder) / "whole", manifest.model_copy(update={"shortlist": None, "detector": False}), tensors
-        )
+        write_bundle(Path(folder) / "whole", manifest.model_copy(update={"shortlist": None, "preview": None}), tensors)
         return evaluated(f"{folder}/whole", benchmarks, [_plain(chosen.fastest)], f"{name}: without the shortlist")
 
 
 def _plain(asked: Asked) -> Asked:
-    """The same policy where the whole vocabulary is always read."""
+    """The same policy where all logits are computed behind the last layer."""
     [(kind, options)] = asked.items()
-    return {kind: {key: value for key, value in options.items() if key != "shortlist_above"}}
+    return {kind: {key: value for key, value in options.items() if key != "preview"}}
 
 
 # --- small things ----------------------------------------------------------------------------------------------------

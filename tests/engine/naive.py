@@ -193,23 +193,18 @@ class Judge:
         self._hangs_on(lead)
         return allowed[place], softmax(logits)[place]
 
-    def reads_shortlist(self, state: torch.Tensor, step: int) -> bool:
-        """Whether behind the last layer the shortlist alone is read."""
-        if self.policy.shortlist_above is None or step < self.policy.full_first:
-            return False
-        tensors = self.bundle.tensors
-        own = state / math.sqrt(float((state * state).mean()) + 1e-6)
-        has = 1 / (1 + math.exp(-float(tensors["detector.weight"] @ own + tensors["detector.bias"])))
-        self._hangs_on(has - self.policy.shortlist_above)
-        return has > self.policy.shortlist_above
-
-    def predict_short(self, state: torch.Tensor) -> tuple[int, float]:
-        """Token and probability among the shortlist, behind the last layer."""
-        allowed = self.bundle.tensors["shortlist"].tolist()
-        logits = self.model.lm_head(final_norm(self.model)(state))[allowed].tolist()
-        place, lead = best(logits)
-        self._hangs_on(lead)
-        return allowed[place], softmax(logits)[place]
+    def foresee(self, state: torch.Tensor) -> tuple[int, float]:
+        """Token and probability where only the likeliest by the preview are computed, the rest being looked at."""
+        down, up = self.bundle.tensors["preview.down"], self.bundle.tensors["preview.up"]
+        x = final_norm(self.model)(state)
+        exact, looked = self.model.lm_head(x).tolist(), self.model.lm_head(up @ (down @ x)).tolist()
+        order = sorted(range(len(looked)), key=lambda token: -looked[token])
+        computed = order[: self.policy.preview]
+        token = max(computed, key=lambda token: exact[token])
+        self._hangs_on(min(exact[token] - exact[other] for other in computed if other != token))
+        self._hangs_on(looked[computed[-1]] - looked[order[len(computed)]])
+        mixed = [exact[token] if token in computed else looked[token] for token in range(len(looked))]
+        return token, softmax(mixed)[token]
 
     def probabilities(self, point: int, state: torch.Tensor) -> list[float]:
         """What the head at `point` before full depth thinks of each token that it knows."""
@@ -244,8 +239,8 @@ def complete(
             text.leave(layer)
         if decision == STOP:
             token, confidence = -1, judge.judge(state)[2]
-        elif decision == CONTINUE and judge.reads_shortlist(state, len(written.token_ids)):
-            decision, (token, confidence) = EXIT, judge.predict_short(state)
+        elif decision == CONTINUE and policy.preview is not None and len(written.token_ids) >= policy.full_first:
+            token, confidence = judge.foresee(state)
         else:
             token, confidence = judge.predict(n_layers if isinstance(policy, Static) else layer, state)
         _note(written, token, layer, decision, confidence, judge.margin, text.waiting)
@@ -257,11 +252,7 @@ def _walk(text: "_Copied | _Recomputed", judge: Judge, written: Written, new: in
     policy, step = judge.policy, len(written.token_ids)
     if isinstance(policy, Static):
         return len(layers_of(judge.model)) - len(set(policy.layers)), EXIT, _pruned(text, policy, written.token_ids[-1])
-    n_layers = len(layers_of(judge.model))
-    left = [
-        decision == "exit" and layer < n_layers
-        for decision, layer in zip(written.decisions, written.exit_layers, strict=True)
-    ]
+    left = [decision == "exit" for decision in written.decisions]
     in_row = len(left) - max((i + 1 for i, early in enumerate(left) if not early), default=0)
     free = (
         step >= policy.full_first and text.waiting < policy.max_debt and in_row < (policy.max_exits_in_row or math.inf)

@@ -337,7 +337,7 @@ def test_exits_that_every_model_brings_along(tmp_path: Path, tiny_folder: Callab
         (policy("patience", patience=4), "4 exit points can agree at most 3 times"),
         (policy("sec", exit=0.5, stop=0.5), "needs a controller, and the exits of .* have none"),
         (policy("confidence", threshold=0.5, ask_above=0.5), "with ask_above needs a controller"),
-        (policy("fixed", exit_layer=2, shortlist_above=0.5), "shortlist_above needs a detector, and the exits of"),
+        (policy("fixed", exit_layer=2, preview=5), "preview is 5, and the exits of .* have none"),
         (policy("self-speculative", exit_layer=3), "exit_layer is 3, which is no exit point; trained ones: 1, 2, 4, 5"),
         (policy("fixed", exit_layer=2, min_layer=3), "trained ones from min_layer 3 on: 4, 5"),
         (policy("random", exit_layers=[2, 3], shares=[0.1, 0.1]), "exit_layers is 3, which is no exit point"),
@@ -347,7 +347,7 @@ def test_exits_that_every_model_brings_along(tmp_path: Path, tiny_folder: Callab
     ids=lambda value: getattr(value, "label", ""),
 )
 def test_policy_that_these_exits_cannot_serve(spec: object, message: str, tiny_engine: Callable[..., Engine]) -> None:
-    engine = tiny_engine("llama", head="tied", controller=False)
+    engine = tiny_engine("llama", head="tied", controller=False, preview=False)
     with pytest.raises(BadInput, match=message) as error:
         engine.check(spec)
     sentence(error)

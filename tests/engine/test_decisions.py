@@ -56,14 +56,14 @@ POLICIES = [
     policy("confidence", threshold=0.1, min_layer=3, max_exits_in_row=2, kv="recompute"),
     policy("patience", patience=1, full_first=4, kv="mask", max_exits_in_row=3),
 ]
-#: where the bundle has a detector: the head asked here and there, the shortlist read alone here and there
+#: heads asked here and there, and behind the last layer few logits computed
 SAVING = [
     *(policy("confidence", threshold=0.1, ask_above=0.3, **kv) for kv in (COPY, RECOMPUTE)),
-    policy("margin", threshold=0.02, ask_above=0.35, shortlist_above=0.4),
+    policy("margin", threshold=0.02, ask_above=0.35, preview=3),
     policy("entropy", threshold=4.2, ask_above=0.3, kv="mask"),
-    policy("confidence", threshold=0.2, shortlist_above=0.5),
-    policy("controller", exit=0.4, stop=0.9, shortlist_above=0.6, full_first=2),
-    policy("fixed", exit_layer=2, kv="recompute", max_debt=2, shortlist_above=0.3, max_exits_in_row=1),
+    policy("confidence", threshold=0.2, preview=20),
+    policy("controller", exit=0.4, stop=0.9, preview=5, full_first=2),
+    policy("fixed", exit_layer=2, kv="recompute", max_debt=2, preview=2, max_exits_in_row=1),
 ]
 #: where layers look back over a window, the naive decoder cannot leave holes in it
 UNMASKED = [spec for spec in POLICIES if spec.kv != "mask"]
@@ -71,11 +71,11 @@ BUNDLES = [
     ("llama", {"head": "tied"}, POLICIES[::2]),
     ("llama rope llama3", {"head": "lens", "shortlist": 100}, POLICIES + SAVING),
     ("llama attention bias", {"head": "untied"}, POLICIES[1::2]),
-    ("gpt2", {"head": "lens"}, POLICIES[1::2]),
+    ("gpt2", {"head": "lens"}, POLICIES[1::2] + SAVING[1::2]),
     ("gpt2 scaled by layer", {"head": "untied", "shortlist": 60}, POLICIES[::2]),
     ("qwen2", {"head": "tied"}, POLICIES[2::3]),
     ("qwen3 untied, with a window", {"head": "lens", "shortlist": 100}, UNMASKED[::2]),
-    ("codegen", {"head": "tied", "shortlist": 100}, POLICIES[::3] + SAVING[::2]),
+    ("codegen", {"head": "tied", "shortlist": 100}, POLICIES[::3] + SAVING[2::2]),
     ("codegen tied", {"head": "lens"}, POLICIES[2::3]),
     ("gpt_bigcode", {"head": "untied"}, POLICIES[1::3]),
     ("starcoder2 window", {"head": "tied"}, UNMASKED[1::2]),

@@ -285,7 +285,7 @@ def test_pareto_front() -> None:
         (policy("patience", patience=9), "patience is 9"),
         (policy("controller", exit=0.5, stop=0.5), "needs the column controller"),
         (policy("confidence", threshold=0.5, ask_above=0.5), "with ask_above needs the column controller"),
-        (policy("fixed", exit_layer=4, shortlist_above=0.9), "shortlist_above is 0.9, and a trace does not hold"),
+        (policy("fixed", exit_layer=4, preview=9), "preview is 9, and a trace does not hold"),
     ],
 )
 def test_what_a_trace_cannot_answer_is_refused(spec: PolicySpec, sentence: str) -> None:

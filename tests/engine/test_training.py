@@ -13,8 +13,10 @@ from engine.controllers import promised
 from engine.engine import Engine
 from engine.errors import BadInput
 from engine.exits import TENSORS, read_manifest
+from engine.preview import Preview
 from engine.training.heads import HeadTrainer
 from engine.training.labels import labels, left_before
+from engine.training.preview import find_preview, normed
 from engine.training.scores import auroc, lift, reliability_bins
 from engine.training.spec import Target, TrainSpec
 from engine.training.states import States
@@ -39,7 +41,7 @@ def test_an_interrupted_training_ends_as_an_unbroken_one(
     whole, resumed = (load_file(tmp_path / name / TENSORS) for name in ("unbroken", "broken"))
     controllers = promised(controller, world.exit_points, HIDDEN)  # type: ignore[arg-type]
     assert whole.keys() == resumed.keys() == {
-        "shortlist", "detector.weight", "detector.bias", *controllers,
+        "shortlist", "preview.down", "preview.up", *controllers,
         "heads.2.down", "heads.2.up", "heads.4.down", "heads.4.up",
     }  # fmt: skip
     for name in whole:
@@ -67,24 +69,31 @@ def test_a_trained_bundle_serves_its_model_and_says_how_it_was_made(
         assert set(completion.exit_layers) <= {2, 4, engine.n_layers}
 
 
-def test_the_detector_knows_what_the_shortlist_has(world: TrainSpec, tmp_path: Path) -> None:
-    """On code like that it learned from it tells tokens of the shortlist from others, and a policy reads by it."""
-    spec = changed(world, shortlist=8, holdout=world.corpus[1:], corpus=world.corpus[:1], controller=False)
+def test_the_preview_is_the_best_of_its_rank(world: TrainSpec, tmp_path: Path) -> None:
+    """Protects the projection: no other of its rank leaves logits nearer, and at full rank they are exact."""
+    spec = changed(world, controller=False, preview=6)
     manifest = train(spec, tmp_path / "bundle")
-    scores = manifest.scores["full"]
-    assert manifest.detector
-    assert 0.05 < scores["shortlist_has"] < 0.95, "the test would not see a detector that says nothing"
-    assert scores["detector_auroc"] > 0.6
+    assert manifest.preview == 6
     with own_cache(tmp_path / "cache"):
         engine = Engine(spec.model, tmp_path / "bundle", device="cpu")
-    policy = {"fixed": {"exit_layer": 4, "max_exits_in_row": 1, "shortlist_above": 0.1}}
-    [completion] = engine.complete(["def alpha_1_"], policy, max_new_tokens=12)
-    behind = {
-        decision: [layer == engine.n_layers for layer, said in zip(*pair, strict=True) if said == decision]
-        for pair in [(completion.exit_layers, completion.decisions)]
-        for decision in completion.decisions
-    }
-    assert any(behind["exit"]), "no token was read from the shortlist behind the last layer"
+    stack = engine.stack
+    with torch.inference_mode():
+        hidden = torch.randn(400, stack.hidden_size, generator=torch.Generator().manual_seed(1))
+        raw, nothing = hidden.half().numpy()[:, None], np.zeros(400, np.int32)
+        states = States(raw, nothing, nothing, top=raw, top_shares=raw)  # type: ignore[arg-type]
+        x = normed(stack, states, range(400))
+        exact = x @ stack.unembedding.t()
+
+        def missed(tensors: dict[str, torch.Tensor]) -> float:
+            return float((exact - Preview(stack.unembedding, None, tensors).looked(x)).square().mean())
+
+        # Eckart and Young: the squares that are left are those of the singular values left out
+        singular = torch.linalg.svdvals(exact)
+        found = missed(find_preview(stack, states, 6))
+        assert found == pytest.approx(float(singular[6:].square().sum()) / exact.numel(), rel=1e-3)
+        assert missed(find_preview(stack, states, 10_000)) < 1e-6 < found
+    scores = manifest.scores["full"]
+    assert scores["preview_finds_in_256"] == 1.0, "a vocabulary of fewer tokens is computed whole"
 
 
 def test_lenses_learn(world: TrainSpec, tmp_path: Path) -> None:

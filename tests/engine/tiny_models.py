@@ -36,6 +36,8 @@ from engine.spec import ControllerKind
 
 N_LAYERS = 6
 HIDDEN = 48
+#: of a preview
+RANK = 24
 VOCABULARY = 264  # the tokenizer's 259 tokens, and some rows that no text uses, as many models have
 CONTEXT = 96
 EOS = 0
@@ -201,6 +203,7 @@ def make_bundle(
     points: tuple[int, ...] = POINTS,
     shortlist: int | None = None,
     controller: bool | ControllerKind = True,
+    preview: bool = True,
     seed: int = 0,
 ) -> Path:
     """Write an exit bundle with random heads whose confidences and verdicts differ from token to token."""
@@ -211,12 +214,13 @@ def make_bundle(
         tensors |= {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
     elif controller:
         tensors["controller"] = torch.randn(3, facts.hidden_size) * 0.12
-    detector = shortlist is not None and head != "untied"
-    if detector:
-        tensors |= {"detector.weight": torch.randn(facts.hidden_size) * 0.2, "detector.bias": torch.zeros(1)}
+    # A projection on most of a state: what it overlooks is now and then the likeliest.
+    axes = torch.linalg.qr(torch.randn(facts.hidden_size, RANK)).Q
+    if preview:
+        tensors |= {"preview.down": axes.t().contiguous(), "preview.up": axes.contiguous()}
     return write_bundle(
         folder, facts, tensors, head=head, exit_points=points, shortlist=shortlist, controller=controller,
-        detector=detector,
+        preview=RANK if preview else None,
     )  # fmt: skip
 
 
