@@ -154,10 +154,11 @@ class LayerStack(ABC):
 
     def _placed(self, span: Span) -> tuple[tuple[Tensor, Tensor], Any]:
         """Row and position of each token, [tokens] each, and their `place`; kept while the same span goes on."""
-        if self._kept is None or self._kept[0] is not span:
+        kept = self._kept
+        if kept is None or kept[0] is not span:
             rows, positions = torch.tensor(span.flat, device=self.device)
-            self._kept = span, (rows, positions), self.place(positions)
-        return self._kept[1:]
+            kept = self._kept = span, (rows, positions), self.place(positions)
+        return kept[1:]  # not what another thread may have put there meanwhile
 
     def _attention(self, span: Span, cache: KeyValues) -> Callable[[int, Tensor], Tensor]:
         """Attention over the span's rows: a function of layer and queries, so that masks are made once a span."""

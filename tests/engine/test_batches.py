@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from weakref import finalize
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from naive import Bundle, complete_all, count_ties
 from tiny_models import EOS, make_bundle, random_model, random_prompts
 
+from engine.cache import Span
 from engine.engine import Engine, Prompt
 from engine.exits import read_manifest
 from engine.heads import Heads
@@ -52,6 +54,22 @@ def test_rows_are_foreseen_each_for_itself(tiny_engine: Callable[..., Engine]) -
         alone = engine.decode(engine.prefill([prompt], NEW), foreseen, max_new_tokens=NEW, ends_with_line=False)
         assert alone.completions[0].records.token_ids.tolist() == completion
     assert together != full, "the test would not see a preview that is not used"
+
+
+@torch.inference_mode()
+def test_threads_share_a_stack(tiny_engine: Callable[..., Engine]) -> None:
+    """Protects what a stack keeps of a span: another thread's turn may come while that of the span before is freed."""
+    stack = tiny_engine("llama", head="lens", shortlist=100).stack
+
+    def passed(tokens: int, then: Callable[[], object] = lambda: None) -> torch.Tensor:
+        span = Span([0], [0], [tokens])
+        finalize(span, then)
+        states = torch.linspace(-1, 1, tokens * stack.hidden_size).view(tokens, -1)
+        return stack.run(states, span, stack.new_cache(1, tokens), 0, 1)
+
+    alone = passed(20)
+    passed(30, then=lambda: passed(40))
+    assert torch.equal(passed(20), alone)
 
 
 BUNDLES = [
