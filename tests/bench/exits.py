@@ -154,7 +154,7 @@ def human_eval(samples: int) -> Asked:
 class Chosen:
     """Policies by what they were chosen for, on held-out code."""
 
-    fastest: Asked | None  #: within the loss, and faster than full depth by a replay
+    fastest: Asked | None  #: within the loss, and by the cost model faster at batch 1 than full depth
     controller: Asked | None  #: the fastest one that stops nothing
     stopping: Asked | None
     preview: Asked | None  #: nobody leaves early; behind the last layer few logits are computed
