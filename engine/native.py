@@ -409,35 +409,44 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
     return places, probabilities
 
 
-#: a row's values are sorted into so many parts, from the highest down over so much
-_PARTS, _SPREAD = 512, 32.0
+@kept(nb.njit, int64(ROW, float32), fastmath=FAST, nogil=True)
+def _so_high(row: Floats, lowest: np.float32) -> int:
+    """How many values are not below this: in a loop that vectors have."""
+    found = np.float32(0)
+    for i in range(len(row)):
+        found += np.float32(1) if row[i] >= lowest else np.float32(0)
+    return int64(found)
 
 
 @kept(nb.njit, float32(ROW, int64), fastmath=FAST, nogil=True, error_model="numpy")
 def _lowest_of_highest(row: Floats, count: int) -> np.float32:
-    """The lowest of the `count` highest values; -inf where they lie too far apart to tell."""
+    """The lowest of the `count` highest values, found between two ends that come nearer; -inf where there are none."""
     highest = np.float32(-np.inf)
     for i in range(len(row)):
         highest = max(highest, row[i])
-    parts, scale = np.zeros(_PARTS, np.int64), np.float32(_PARTS / _SPREAD)
-    for i in range(len(row)):
-        part = (highest - row[i]) * scale
-        if part < np.float32(_PARTS):
-            parts[int(part)] += 1
-    above, last = int64(0), 0
-    while last < _PARTS and above + parts[last] < count:
-        above += parts[last]
-        last += 1
-    if last == _PARTS:
+    if not np.isfinite(highest):  # whatever is no number is to be seen
         return np.float32(-np.inf)
-    among, found = np.empty(parts[last], np.float32), 0
+    high, below = highest, np.float32(8)  # fewer than `count` are above `high`, so many not below `low`
+    low = highest - below
+    while _so_high(row, low) < count:
+        high, below = low, below * np.float32(2)
+        if not below < np.float32(1e9):
+            return np.float32(-np.inf)
+        low = highest - below
+    for _ in range(10):
+        middle = low + (high - low) * np.float32(0.5)
+        if _so_high(row, middle) < count:
+            high = middle
+        else:
+            low = middle
+    among, found = np.empty(len(row), np.float32), 0
     for i in range(len(row)):
-        part = (highest - row[i]) * scale
-        if part < np.float32(_PARTS) and int(part) == last:
+        if row[i] >= low and (row[i] < high or high == highest):
             among[found] = row[i]
             found += 1
-    among.sort()
-    return among[len(among) - (count - above)]
+    above = _so_high(row, high) if high < highest else 0
+    some = np.sort(among[:found])
+    return some[found - (count - above)]
 
 
 @loop(void(TABLE, TABLE, TABLE, ROW, int64, PLACES, ROW, PLACES))

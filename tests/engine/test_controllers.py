@@ -43,13 +43,18 @@ def test_each_exit_point_has_its_own_weights_and_bias(tensors: dict[str, torch.T
         torch.testing.assert_close(controller(point, states), logits.softmax(dim=1), rtol=1e-4, atol=1e-5)
 
 
-def test_what_an_exit_changes_can_be_applied_to_recorded_probabilities(tensors: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize("compiled", [True, False], ids=["loops", "torch"])
+def test_what_an_exit_changes_can_be_applied_to_recorded_probabilities(
+    tensors: dict[str, torch.Tensor], compiled: bool
+) -> None:
     controller, states = Controller("calibrated", POINTS, tensors), torch.randn(6, HIDDEN)
     left = torch.tensor([True, False, True, False, True, True])
-    recorded = controller(4, states)
+    with torch.inference_mode(compiled):
+        recorded, behind, listed = (controller(4, states, one) for one in (None, left, left.tolist()))
     replayed = recorded * torch.where(left[:, None], AFTER.exp(), 1.0)
     replayed /= replayed.sum(dim=1, keepdim=True)
-    torch.testing.assert_close(controller(4, states, left), replayed)
+    torch.testing.assert_close(behind, replayed)
+    assert torch.equal(listed, behind)
     assert not torch.allclose(recorded[0], replayed[0])
 
 

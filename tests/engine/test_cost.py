@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import HIDDEN, N_LAYERS, VOCABULARY, random_prompts
+from tiny_models import HIDDEN, N_LAYERS, RANK, VOCABULARY, random_prompts
 from torch import Tensor
 
 from engine.cache import Span
@@ -104,6 +104,17 @@ def test_asking_heads_has_a_price(tiny_engine: Callable[..., Engine]) -> None:
     assert heads.ideal_ns > full.ideal_ns
     states = decoded(engine, policy("controller", exit=1, stop=1))
     assert (states.flops, states.ideal_ns) == (full.flops, pytest.approx(full.ideal_ns, rel=0.2))
+
+
+def test_a_preview_has_the_price_of_a_look_and_of_what_is_exact(tiny_engine: Callable[..., Engine]) -> None:
+    """Protects the price behind the last layer: of the whole vocabulary or of a preview, never of both."""
+    engine = tiny_engine("llama", head="tied", shortlist=100)
+    nobody_leaves = {"threshold": 1, "ask_above": 1}
+    whole = decoded(engine, policy("confidence", **nobody_leaves))
+    foreseen = decoded(engine, policy("confidence", **nobody_leaves, preview=3))
+    steps = sum(len(row.records) - 1 for row in foreseen.completions)
+    assert [len(row.records) for row in whole.completions] == [len(row.records) for row in foreseen.completions]
+    assert whole.flops - foreseen.flops == UNEMBEDDING * steps - 2 * (RANK * VOCABULARY + (RANK + 3) * HIDDEN) * steps
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ KV = ({"kv": "copy"}, {"kv": "mask"}, {"kv": "recompute"}, {"kv": "recompute", "
 POLICIES = [
     *(policy("confidence", threshold=0.15, **kv) for kv in KV),
     *(policy("controller", exit=0.4, stop=0.9, **kv) for kv in KV),
+    policy("confidence", threshold=0.15, ask_above=0.3, preview=4),
+    policy("controller", exit=0.4, stop=0.9, preview=20),
     policy("patience", patience=1),
     policy("entropy", threshold=3.5),
     policy("margin", threshold=0.1),

@@ -25,6 +25,7 @@ from engine.engine import Engine, Prefilled
 from engine.loading import load_model, resolve_model
 from engine.native_attention import Attention
 from engine.native_layers import LlamaLayers
+from engine.preview import Preview
 from engine.spec import PolicySpec, policy
 
 
@@ -64,6 +65,27 @@ def test_heads_and_controllers_are_pytorchs(width: int) -> None:
         x = F.rms_norm(states, (width,), eps=1e-6) if own else states
         expected = (x @ weight.T + bias + torch.tensor([[0.0], [1.0], [0.0]]) * after).softmax(dim=-1)
         torch.testing.assert_close(native.judge(states, weight, bias, own, [False, True, False], after), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 50.0])
+def test_a_preview_computes_the_likeliest_exactly(count: int, spread: float) -> None:
+    """Protects `preview`: in the loop as in PyTorch, whatever the distances of logits, and where they tie."""
+    unembedding, states, bias = _random(40, 24), _random(3, 24, seed=1), _random(40, seed=2)
+    axes = torch.linalg.qr(_random(24, 9, seed=3)).Q
+    for own in (None, bias):
+        preview = Preview(unembedding * spread, own, {"preview.down": axes.t().contiguous(), "preview.up": axes})
+        with torch.inference_mode():
+            mine = preview(states, count)
+        theirs = preview(states, count)  # gradients are on: PyTorch's way
+        assert mine.tokens.tolist() == theirs.tokens.tolist()
+        torch.testing.assert_close(mine.probabilities, theirs.probabilities, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+        assert mine.exact == theirs.exact == [count] * 3
+    broken = states.clone()
+    broken[1, 5] = float("nan")
+    with torch.inference_mode():
+        assert preview(broken, count).probabilities.isfinite().tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
