@@ -225,6 +225,7 @@ def test_command_line(db: Database, world: World, tmp_path: Path) -> None:
         ("{oracle: {threshold: 0.5}}", "'threshold' is not known"),
         ("{confidence: {threshold: []}}", "empty list"),
         ("{confidence: {threshold: {from: 0, to: 1, steps: 1}}}", "from 2"),
+        ("{confidence: {threshold: {from: 0, to: .inf, steps: 3}}}", "give numbers for from and to, and"),
         ("{static: {layers: [2]}}", "'static' cannot be replayed"),
         ("{self-speculative: {exit_layer: 4}}", "rolled back"),
         ("{fixed: {exit_layer: [3, 4]}}", "exit_layer is 3, which is no exit point"),
