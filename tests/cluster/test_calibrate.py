@@ -1,6 +1,7 @@
 """Calibration: what is promised is kept, what cannot be promised is refused, and the file carries both."""
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -251,7 +252,7 @@ def test_quality(db: Database, of_full: Trace) -> None:
     for one in made.tried:
         losses = live_losses(db, of_full, by_policy[one.policy], "es", 1.0).of(parts.test)
         assert one.loss == pytest.approx(losses.mean())
-        assert one.p_value == pytest.approx(betting(losses, 0.9))
+        assert one.p_value == pytest.approx(betting(losses, 0.9), rel=1e-6, abs=0)
     scores = {
         name: {row.sample.source_group: row.scores["es"] for row in completions(db, run_id=by_policy[name].id)}
         for name in ("full", order[0])
@@ -361,6 +362,25 @@ def test_command_line(db: Database, of_full: Trace, tmp_path: Path) -> None:
         bad = CliRunner().invoke(app, ["calibrate", job, "-p", for_others, "--database", db.url, *promise])
         assert bad.exit_code == 2, bad.output
         assert "exits_hash: the policies are for 'abc'" in bad.stderr
+
+
+def test_an_interrupted_calibration_goes_on(db: Database, of_full: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects hours of live runs: Ctrl-C is one sentence, and the same command goes on with the job that it began."""
+    job, grid = str(of_full.run.job_id), json.dumps({"controller": {"exit": [0.91, 0.96], "stop": 1.0}})
+    asked = ["calibrate", job, "-p", grid, "--metric", "es", "--max-loss", "0.9", "--confidence", "0.9", "--inline"]
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "work", interrupted)
+        told = CliRunner().invoke(app, [*asked, "--database", db.url])
+    assert told.exit_code == 130, told.output
+    begun = re.search(r"^job (\d+): interrupted; the same command goes on with it$", told.stderr, re.MULTILINE)
+    assert begun is not None, told.stderr
+    again = CliRunner().invoke(app, [*asked, "--database", db.url, "--json"])
+    assert json.loads(again.stdout)["live_job"] == int(begun[1])
+    assert "evaluating: " in again.stderr
 
 
 def test_agreement_needs_full_depths_own_completions(db: Database, world: World) -> None:
