@@ -5,19 +5,22 @@ token behind the very same text is decided otherwise. And a token that differs c
 the rest of the drift. Every finalist is run under each way of paying for skipped layers.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from cluster import jobs as cluster_jobs
+from cluster.errors import Interrupted
 from cluster.grids import ReplaySpec
 from cluster.replays import ReplayedPolicy, ReplayReport, replay_trace, speed_of
 from cluster.settings import Settings
 from cluster.spec import JobSpec, parse_job
 from cluster.traced import Trace
 from db import jobs, results
-from db.records import CompletionRow, JobState, RunRow
+from db.records import CompletionRow, JobState, Progress, RunRow
 from db.session import Database
 from engine.errors import BadInput, EngineError
 from engine.record import Decision
@@ -25,6 +28,8 @@ from engine.replay.decide import decide
 from engine.replay.figures import pareto_front
 from engine.replay.traced import Traced
 from engine.spec import PolicySpec, Sec, parse_policy
+
+OnLive = Callable[[Progress], None]  #: how far the live job is
 
 #: of `engine.replay.figures.FIGURES`, those that a live run has as well
 COMPARED = ("tokens_right", "agreement", "mean_exit_layer", "speedup_ideal", "stop_share")
@@ -56,7 +61,14 @@ class Confirmed:
 
 
 def confirm_live(
-    db: Database, trace: Trace, found: ReplayReport, count: int, settings: Settings, *, inline: bool = False
+    db: Database,
+    trace: Trace,
+    found: ReplayReport,
+    count: int,
+    settings: Settings,
+    *,
+    inline: bool = False,
+    on_live: OnLive = lambda now: None,
 ) -> list[Confirmed]:
     """Run the best of a replay on the trace's benchmark, as a job of its own in the same record.
 
@@ -66,7 +78,8 @@ def confirm_live(
     finalists = [parse_policy(one.spec) for one in _finalists(found, count)]
     variants = list(dict.fromkeys(variant for one in finalists for variant in _ways(one)))
     replayed = replay_trace(trace, ReplaySpec(policies=[one.dump() for one in variants])).policies
-    job_id = run_live(db, trace, f"confirm {trace.run.job_id}", variants, ["token_agreement"], settings, inline=inline)
+    name = f"confirm {trace.run.job_id}"
+    job_id = run_live(db, trace, name, variants, ["token_agreement"], settings, inline=inline, on_live=on_live)
     runs = [run for run in jobs.runs(db, job_id) if parse_policy(run.policy_spec) in variants]
     return [
         _confirmed(db, trace, one, run, told)
@@ -85,31 +98,54 @@ def run_live(
     settings: Settings,
     *,
     inline: bool,
+    on_live: OnLive = lambda now: None,
 ) -> int:
     """Run policies on a trace's benchmark, as a job under this name. Returns its number, when it is done.
 
     Raises `BadInput` where the benchmark is not what it was, and `EngineError` where the job fails.
     """
-    job_id = see_done(db, _live_spec(db, trace, name, policies, metrics), settings, inline=inline)
+    job_id = see_done(db, _live_spec(db, trace, name, policies, metrics), settings, inline=inline, on_live=on_live)
     _check_same(db, trace, job_id)
     return job_id
 
 
-def see_done(db: Database, spec: JobSpec, settings: Settings, *, inline: bool) -> int:
-    """Submit a job and work on it until it is done. Returns its number. Raises `BadInput`, `EngineError`."""
-    job_id = cluster_jobs.submit(db, spec)
-    state = cluster_jobs.work(
-        db,
-        job_id,
-        workers=settings.workers,
-        inline=inline,
-        gpus_per_worker=settings.gpus_per_worker,
-        ray_address=settings.ray_address,
-        lease_seconds=settings.lease_seconds,
-    )
+def see_done(
+    db: Database,
+    spec: JobSpec,
+    settings: Settings,
+    *,
+    inline: bool,
+    on_live: OnLive = lambda now: None,
+    go_on: str = "the same command goes on with it",
+) -> int:
+    """Submit a job, or find the one that was interrupted, and work on it until it is done. Returns its number.
+
+    go_on: what is said of how to go on where it is interrupted. Raises `BadInput`, `EngineError`, `Interrupted`.
+    """
+    job_id = _begun(db, spec) or cluster_jobs.submit(db, spec)
+    try:
+        state = cluster_jobs.work(
+            db,
+            job_id,
+            workers=settings.workers,
+            inline=inline,
+            gpus_per_worker=settings.gpus_per_worker,
+            ray_address=settings.ray_address,
+            lease_seconds=settings.lease_seconds,
+            on_progress=on_live,
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(f"job {job_id}: interrupted; {go_on.format(job_id=job_id)}") from None
     if state is not JobState.DONE:
         raise EngineError(f"job {job_id}, {spec.name!r}, {state}; `shortstop show {job_id}` tells why.")
     return job_id
+
+
+def _begun(db: Database, spec: JobSpec) -> int | None:
+    """The newest job of the very same spec that has not ended, if it is among the last thousand."""
+    body = json.loads(json.dumps(cluster_jobs.anchored(spec, Path.cwd()).dump()))
+    begun = (one.id for one in jobs.list_jobs(db, limit=1000) if not one.state.ended and one.spec == body)
+    return next(begun, None)
 
 
 def _finalists(found: ReplayReport, count: int) -> list[ReplayedPolicy]:

@@ -5,6 +5,9 @@ ClusterError
 │   └── RayLost   Ray is gone, and its workers with it; another one can go on
 └── ServerError   the server is not there, or failed
 
+KeyboardInterrupt
+└── Interrupted   the same, while a job was worked on that a command needs
+
 BadInput (of the engine)
 └── NotAllowed    the server knows no such key, or the key may not do that
 """
@@ -26,6 +29,10 @@ class RayLost(FleetError):
 
 class ServerError(ClusterError):
     """The server cannot be reached, is busy for long, or failed. What was asked for may have been done."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while a job was worked on that a command needs. The job stays, and the sentence says how to go on."""
 
 
 class NotAllowed(BadInput):

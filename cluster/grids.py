@@ -1,5 +1,6 @@
 """What `shortstop replay` may be asked: policies one by one, or as grids of their options. No torch, no database."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -163,9 +164,13 @@ def _is_steps(value: Any) -> bool:
 
 
 def _steps(kind: str, name: str, value: dict[str, Any]) -> int:
-    numbers = isinstance(value["from"], int | float) and isinstance(value["to"], int | float)
+    ends = (value["from"], value["to"])
+    numbers = all(isinstance(end, int | float) and math.isfinite(end) for end in ends)
     if not numbers or not isinstance(value["steps"], int) or value["steps"] < 2:
-        raise BadInput(f"policy {kind!r}: field {name!r} is {value!r}; give from, to and steps, a whole number from 2.")
+        raise BadInput(
+            f"policy {kind!r}: field {name!r} is {value!r}; give numbers for from and to, and for steps a whole "
+            "number from 2."
+        )
     return int(value["steps"])
 
 

@@ -16,7 +16,7 @@ from cluster.calibrate.agreement import check_enough, losses_of, speedup_of, wro
 from cluster.calibrate.found import Calibrated, Candidate, fastest, is_faster, promised
 from cluster.calibrate.promise import HeldOut
 from cluster.calibrate.pvalues import betting, groups_for_quality
-from cluster.confirming import run_live
+from cluster.confirming import OnLive, run_live
 from cluster.grids import ReplaySpec
 from cluster.replays import ReplayedPolicy, replay_trace
 from cluster.settings import Settings
@@ -56,6 +56,7 @@ def calibrate_quality(
     settings: Settings,
     inline: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
+    on_live: OnLive = lambda now: None,
 ) -> Calibrated:
     """The fastest of the policies whose metric is below full depth's by at most so much in the mean.
 
@@ -74,7 +75,8 @@ def calibrate_quality(
         return _calibrated(trace, None, max_loss, confidence, 0, 0, [fastest_one])
     live = [row for row, faster in rows if faster]
     name = f"calibrate {trace.run.job_id}"
-    job_id = run_live(db, trace, name, [parse_policy(one.spec) for one in live], [metric], settings, inline=inline)
+    tested = [parse_policy(one.spec) for one in live]
+    job_id = run_live(db, trace, name, tested, [metric], settings, inline=inline, on_live=on_live)
     runs = {run.policy: run for run in jobs.runs(db, job_id)}
     tried: list[Candidate] = []
     held_out: dict[str, HeldOut | None] = {}
@@ -84,12 +86,12 @@ def calibrate_quality(
     p_values, kept = in_sequence([one.of(parts.test) for one in losses], bound, 1 - confidence)
     groups, samples = 0, 0
     for place, (row, own) in enumerate(zip(live, losses, strict=True)):
-        tested = own.of(parts.test)
-        groups, samples = len(tested), int(own.counts[parts.test].sum())
+        losses_of_test = own.of(parts.test)
+        groups, samples = len(losses_of_test), int(own.counts[parts.test].sum())
         p_value = p_values[place] if place < len(p_values) else None
-        needed = groups_for_quality(tested, bound, 1 - confidence)
+        needed = groups_for_quality(losses_of_test, bound, 1 - confidence)
         speed = _measured(runs[row.policy]) or speedup_of(row, trace.pinned.n_layers)
-        loss = float(tested.mean()) * highest
+        loss = float(losses_of_test.mean()) * highest
         tried.append(Candidate(row.policy, row.spec, loss, p_value, place < kept, speed, is_faster(speed), needed))
         held_out[row.policy] = _held_out(own.of(parts.report) * highest)
     made = _calibrated(trace, job_id, max_loss, confidence, groups, samples, tried)

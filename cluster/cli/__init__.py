@@ -47,6 +47,9 @@ class FrontDoor(TyperGroup):
         except (engine.errors.EngineError, db.errors.RecordError, cluster.errors.ClusterError) as error:
             note(f"shortstop: {error}")
             raise typer.Exit(1) from None
+        except KeyboardInterrupt as error:
+            note(str(error) or "interrupted")
+            raise typer.Exit(130) from None
 
 
 app = typer.Typer(

@@ -48,7 +48,7 @@ def calibrate(
 ) -> None:
     """The fastest thresholds that keep a promise, by a trace; exit code 1 where none does, 3 where more data may."""
     from cluster.calibrate.policy_file import sentence, write_policy_file
-    from cluster.cli.progress import watch
+    from cluster.cli.progress import show_job, watch
     from cluster.traced import trace_of
 
     _check(max_disagree, metric, max_loss, confidence)
@@ -85,6 +85,7 @@ def calibrate(
                     settings=settings,
                     inline=inline,
                     on_progress=show,
+                    on_live=lambda now: show_job(shown, now),
                 )
         if file is not None and made.chosen is not None:
             write_policy_file(made, trace, file)

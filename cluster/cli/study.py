@@ -40,7 +40,7 @@ def study(
     as_json: JsonFlag = False,
 ) -> None:
     """The paper's first half for a trace: who is right first, who is right, what never is, and how exits agree."""
-    from cluster.cli.progress import watch
+    from cluster.cli.progress import show_job, watch
     from cluster.study.report import study as studied
     from cluster.traced import traces_of
 
@@ -64,6 +64,7 @@ def study(
                     execute=execute,
                     inline=inline,
                     on_progress=lambda done: shown.show("counting", done, 0, "samples"),
+                    on_live=lambda now: show_job(shown, now),
                 )
                 for trace in traces
             ]

@@ -98,7 +98,7 @@ def replay(
     as_json: JsonFlag = False,
 ) -> None:
     """Apply policies to a trace, without the model: every kind with many thresholds where none is named."""
-    from cluster.cli.progress import watch
+    from cluster.cli.progress import show_job, watch
     from cluster.grids import default_policies
     from cluster.replays import replay_trace, to_csv
     from cluster.traced import traces_of
@@ -123,7 +123,16 @@ def replay(
             from cluster.confirming import confirm_live
 
             note(f"running {confirm} of the best live, under every way of paying for skipped layers")
-            confirmed = confirm_live(db, traces[0], found[0], confirm, settings, inline=inline)
+            with watch() as shown:
+                confirmed = confirm_live(
+                    db,
+                    traces[0],
+                    found[0],
+                    confirm,
+                    settings,
+                    inline=inline,
+                    on_live=lambda now: show_job(shown, now),
+                )
         if page is not None:
             from cluster.reports.replay_page import write_replay_page
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cluster.confirming import see_done
+from cluster.confirming import OnLive, see_done
 from cluster.rescoring import rescore
 from cluster.settings import Settings
 from cluster.spec import parse_job
@@ -65,18 +65,13 @@ def continue_from_tokens(
     *,
     execute: bool = False,
     inline: bool = False,
+    on_live: OnLive = lambda now: None,
 ) -> Continued:
     """Generate from the tokens of so many samples. execute: run the tests of samples that have some.
 
     Raises `BadInput` where the trace is not of references or the tokenizer is not here.
     """
-    if trace.target != "reference":
-        raise BadInput(
-            f"job {trace.run.job_id} is a trace of full depth's own completions, in which no token is wrong; trace the "
-            "references, or leave --continue out."
-        )
-    if decode is None:
-        raise BadInput(f"model {trace.pinned.model!r}: its tokenizer is not on this machine; fetch the model first.")
+    decode = check_continued(trace, decode)
     spec, of = dict(jobs.job(trace.db, trace.run.job_id).spec), jobs.benchmark(trace.db, trace.run.benchmark_id)
     records, left_out = _records(trace, decode, samples, of.ends == "line")
     has_tests = bool(records) and all("test" in record for record in records)
@@ -97,10 +92,26 @@ def continue_from_tokens(
             "policies": ["full"],
             "metrics": [*REST],
         }
-        job_id = see_done(trace.db, parse_job(spec), settings, inline=inline)
+        go_on = (
+            f"go on with `shortstop resume {{job_id}}`, and then with "
+            f"`shortstop study {trace.run.job_id} --continued {{job_id}}`"
+        )
+        job_id = see_done(trace.db, parse_job(spec), settings, inline=inline, on_live=on_live, go_on=go_on)
     if execute:
         rescore(trace.db, job_id, ["pass@1"], execute=True)
     return _found(trace, job_id, left_out)
+
+
+def check_continued(trace: Trace, decode: "Decode | None") -> "Decode":
+    """Whether there are wrong tokens to go on from, and a tokenizer. Raises `BadInput`."""
+    if trace.target != "reference":
+        raise BadInput(
+            f"job {trace.run.job_id} is a trace of full depth's own completions, in which no token is wrong; trace the "
+            "references, or leave --continue out."
+        )
+    if decode is None:
+        raise BadInput(f"model {trace.pinned.model!r}: its tokenizer is not on this machine; fetch the model first.")
+    return decode
 
 
 def read_continued(trace: Trace, job_id: int) -> Continued:

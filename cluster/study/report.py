@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cluster.confirming import OnLive
 from cluster.settings import Settings
-from cluster.study.continued import Continued, continue_from_tokens, read_continued
+from cluster.study.continued import Continued, check_continued, continue_from_tokens, read_continued
 from cluster.study.counting import Counted, count
 from cluster.traced import Trace
 
@@ -37,6 +38,7 @@ def study(
     execute: bool = False,
     inline: bool = False,
     on_progress: Callable[[int], None] = lambda samples: None,
+    on_live: OnLive = lambda now: None,
 ) -> Study:
     """Count a trace, and generate from wrong and right tokens of so many samples where that is asked for.
 
@@ -46,9 +48,13 @@ def study(
 
     continued = None if continued_job is None else read_continued(trace, continued_job)
     decode = decoder(trace.db, trace.run.job_id)
+    if continue_samples is not None:
+        check_continued(trace, decode)
     counted = count(trace, decode, on_progress)
     if continue_samples is not None:
-        continued = continue_from_tokens(trace, decode, continue_samples, settings, execute=execute, inline=inline)
+        continued = continue_from_tokens(
+            trace, decode, continue_samples, settings, execute=execute, inline=inline, on_live=on_live
+        )
     pinned = trace.pinned
     return Study(
         trace.run.job_id,

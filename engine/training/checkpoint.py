@@ -52,10 +52,13 @@ class Checkpoint:
 
     def save(self, step: int, parameters: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, **more: Any) -> None:
         """Replace the file; a machine that dies meanwhile has the old one. Raises `BadInput` where the disk is full."""
+        content = {"step": step, "parameters": dict(parameters), "optimiser": optimiser.state_dict(), **more}
         with making(self.path) as part, part.open("wb") as file:
-            torch.save(
-                {"step": step, "parameters": dict(parameters), "optimiser": optimiser.state_dict(), **more}, file
-            )
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:
+                # torch still ends the file that had no room, and what it says of that hides the reason
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
             file.flush()
             os.fsync(file.fileno())
 

@@ -1,9 +1,11 @@
 """Calibration: what is promised is kept, what cannot be promised is refused, and the file carries both."""
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from small_world import World
 from typer.testing import CliRunner
 
 from cluster import jobs
+from cluster.calibrate import quality
 from cluster.calibrate.agreement import along_chains, calibrate_agreement, chains_of, losses_of, wrong_tokens
 from cluster.calibrate.found import is_faster
 from cluster.calibrate.policy_file import spec_of, write_policy_file
 from cluster.calibrate.pvalues import betting, fewest_groups, groups_for_quality, hoeffding_bentkus
-from cluster.calibrate.quality import calibrate_quality, in_sequence, live_losses, parts_of
+from cluster.calibrate.quality import calibrate_quality, in_sequence, live_losses, parts_of, screened
 from cluster.cli import app
 from cluster.grids import ReplaySpec, expand
 from cluster.settings import Settings
@@ -31,6 +34,7 @@ from db.records import JobState
 from db.results import completions
 from db.session import Database, open_database
 from engine.errors import BadInput
+from engine.replay.traced import Traced
 
 GRID: list[Any] = [{"controller": {"exit": {"from": 0.9, "to": 1.0, "steps": 21}, "stop": 1.0}}]
 
@@ -129,6 +133,16 @@ def test_chains_go_from_the_safest_on() -> None:
     ]
 
 
+def test_a_sequence_ends_with_its_first_failure() -> None:
+    """Protects the confidence: what comes after a policy that failed is not tested, however good it looks."""
+    losses = np.zeros((3, 200))
+    losses[1] = 1.0
+    p_values, kept = along_chains(losses, [[0, 1, 2]], 0.2, 0.05)
+    assert (set(p_values), kept) == ({0, 1}, {0})
+    in_order, count = in_sequence(losses, 0.2, 0.05)
+    assert (len(in_order), count) == (2, 1)
+
+
 def test_agreement_is_what_a_run_does(db: Database, world: World, of_full: Trace, tmp_path: Path) -> None:
     """Protects what is promised: the loss by replay is the share of live completions that differ, to the last one."""
     made = agreed(of_full, 0.9)
@@ -182,9 +196,10 @@ def test_a_promise_stays_with_what_it_was_given_for(db: Database, of_full: Trace
         parse_job(spec | {"policies": ["full", {"controller": {"exit": 0.123, "stop": 1.0, "kv": "recompute"}}]})
     with pytest.raises(BadInput, match=r"generation.max_new_tokens is 9, and the promise was given for 8"):
         parse_job(spec | {"generation": spec["generation"] | {"max_new_tokens": 9}})
-    other = parse_job(spec | {"promise": spec["promise"] | {"weights_hash": "0" * 64}})
-    with pytest.raises(BadInput, match="promise: it was given for weights_hash 000000000000"):
-        jobs.validate(other)
+    for field in ("weights_hash", "exits_hash"):
+        other = parse_job(spec | {"promise": spec["promise"] | {field: "0" * 64}})
+        with pytest.raises(BadInput, match=f"promise: it was given for {field} 000000000000"):
+            jobs.validate(other)
     jobs.validate(parse_job(spec))
 
 
@@ -237,6 +252,7 @@ def test_quality(db: Database, of_full: Trace) -> None:
     for one in made.tried:
         losses = live_losses(db, of_full, by_policy[one.policy], "es", 1.0).of(parts.test)
         assert one.loss == pytest.approx(losses.mean())
+        assert one.p_value == pytest.approx(betting(losses, 0.9), rel=1e-6, abs=0)
     scores = {
         name: {row.sample.source_group: row.scores["es"] for row in completions(db, run_id=by_policy[name].id)}
         for name in ("full", order[0])
@@ -247,6 +263,65 @@ def test_quality(db: Database, of_full: Trace) -> None:
     if made.promise is not None:
         assert made.promise.held_out is not None
         assert made.promise.held_out.groups == len(parts.report)
+
+
+class Broken(Trace):
+    """A trace in which some source groups never leave and are never right."""
+
+    broken: Any = ()
+
+    def numbered_pieces(self) -> Iterator[tuple[Traced, list[int]]]:
+        for piece, positions in super().numbered_pieces():
+            here = np.repeat(np.isin(piece.groups, self.broken), piece.lengths)
+            controller, tokens = piece.controller.copy(), piece.tokens.copy()
+            controller[:, :, here] = 0.0
+            tokens[:-1, here] = -1
+            yield replace(piece, controller=controller, tokens=tokens), positions
+
+
+def test_screening_sees_its_own_part_only(of_full: Trace) -> None:
+    """Protects the test: what the groups say that test and report has no part in which policies they meet."""
+    parts = parts_of(of_full)
+    asked = ReplaySpec(policies=[{"controller": {"exit": [0.9, 0.95, 0.97, 0.98, 1.0], "stop": 1.0}}])
+
+    def found(*broken: Any) -> list[tuple[str, Any]]:
+        trace = Broken(of_full.db, of_full.run, of_full.pinned, of_full.groups)
+        object.__setattr__(trace, "broken", np.concatenate([*broken, np.array([], int)]))
+        return [(row.policy, row.figures["mean_exit_layer"]) for row, _ in screened(trace, asked, parts.screen)]
+
+    assert found() == found(parts.test, parts.report) != found(parts.screen)
+    assert "controller exit=1 stop=1" not in [policy for policy, _ in found()]  # as fast as full depth is not faster
+
+
+def test_each_part_has_one_task_and_speed_is_measured(
+    db: Database, of_full: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects the promise: A screens, B tests, C reports; what is slow live is not promised."""
+    parts, seen = parts_of(of_full), []
+    asked = ReplaySpec(policies=[{"controller": {"exit": [0.9, 0.95, 0.97, 0.98], "stop": 1.0}}])
+    safest, *others = [row.policy for row, _ in screened(of_full, asked, parts.screen)]
+    assert others
+
+    def seeing(trace: Trace, asked: ReplaySpec, part: Any, *more: Any) -> Any:
+        seen.append(part.tolist())
+        return screened(trace, asked, part, *more)
+
+    monkeypatch.setattr(quality, "screened", seeing)
+    monkeypatch.setattr(quality, "_measured", lambda run: 1.2 if run.policy == safest else 0.9)
+    made = calibrate_quality(
+        db, of_full, asked, metric="es", max_loss=0.9, confidence=0.9, settings=Settings(), inline=True
+    )
+    assert seen == [parts.screen.tolist()]
+    assert [one.faster for one in made.tried] == [True, *(False for _ in others)]
+    assert made.chosen is not None
+    assert made.chosen.policy == safest
+    assert made.promise is not None
+    assert made.promise.held_out is not None
+    assert made.live_job is not None
+    [run] = [run for run in runs(db, made.live_job) if run.policy == made.chosen.policy]
+    losses = live_losses(db, of_full, run, "es", 1.0)
+    assert made.promise.held_out.loss == pytest.approx(losses.of(parts.report).mean())
+    assert losses.of(parts.report).mean() != pytest.approx(losses.of(parts.test).mean()), "the test would see nothing"
 
 
 def test_command_line(db: Database, of_full: Trace, tmp_path: Path) -> None:
@@ -276,10 +351,36 @@ def test_command_line(db: Database, of_full: Trace, tmp_path: Path) -> None:
         (["--metric", "rouge", "--max-loss", "0.1"], "rouge"),
         (["--max-disagree", "0.5", "-p", "{sec: {exit: 0.5, stop: 1.0}}"], "under kv: recompute only"),
         (["--max-disagree", "0.5", "-p", "{fixed: {exit_layer: 3}}"], "no exit point"),
+        (["--max-disagree", "0.5", "-p", "oracle"], "'oracle': agreement is promised under kv: recompute only"),
+        (["--confidence", "2", "--max-disagree", "0.5"], "confidence is 2"),
     ]:
         bad = CliRunner().invoke(app, [*asked, *options])
         assert bad.exit_code == 2, (options, bad.output)
         assert sentence in bad.stderr, (options, bad.stderr)
+    for_others = "{policies: [{confidence: {threshold: 0.5}}], exits_hash: abc}"
+    for promise in (["--max-disagree", "0.5"], ["--metric", "es", "--max-loss", "0.9"]):
+        bad = CliRunner().invoke(app, ["calibrate", job, "-p", for_others, "--database", db.url, *promise])
+        assert bad.exit_code == 2, bad.output
+        assert "exits_hash: the policies are for 'abc'" in bad.stderr
+
+
+def test_an_interrupted_calibration_goes_on(db: Database, of_full: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects hours of live runs: Ctrl-C is one sentence, and the same command goes on with the job that it began."""
+    job, grid = str(of_full.run.job_id), json.dumps({"controller": {"exit": [0.91, 0.96], "stop": 1.0}})
+    asked = ["calibrate", job, "-p", grid, "--metric", "es", "--max-loss", "0.9", "--confidence", "0.9", "--inline"]
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "work", interrupted)
+        told = CliRunner().invoke(app, [*asked, "--database", db.url])
+    assert told.exit_code == 130, told.output
+    begun = re.search(r"^job (\d+): interrupted; the same command goes on with it$", told.stderr, re.MULTILINE)
+    assert begun is not None, told.stderr
+    again = CliRunner().invoke(app, [*asked, "--database", db.url, "--json"])
+    assert json.loads(again.stdout)["live_job"] == int(begun[1])
+    assert "evaluating: " in again.stderr
 
 
 def test_agreement_needs_full_depths_own_completions(db: Database, world: World) -> None:

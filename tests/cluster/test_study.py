@@ -157,8 +157,10 @@ def test_what_people_said_of_continuations(db: Database, trace: Trace, continued
 
 def test_bad_input(db: Database, world: World, trace: Trace) -> None:
     """Protects users: what cannot be continued or executed is said in one sentence, before anything is generated."""
+    counted: list[int] = []
     with pytest.raises(BadInput, match="in which no token is wrong"):
-        study(traced(db, world, trace="full"), Settings(), continue_samples=4, inline=True)
+        study(traced(db, world, trace="full"), Settings(), continue_samples=4, inline=True, on_progress=counted.append)
+    assert not counted
     with pytest.raises(BadInput, match="has no tests to execute"):
         study(trace, Settings(), continue_samples=4, execute=True, inline=True)
     alone = CliRunner().invoke(app, ["study", str(trace.run.job_id), "--execute", "--database", db.url])

@@ -1,6 +1,7 @@
 """A trace from its spec to a replay, and to finalists that run live."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -8,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_world import World, rows
+from small_world import World, bundle, rows
 from typer.testing import CliRunner
 
 import shortstop
 from cluster import adding, jobs, rescoring
 from cluster.cli import app
-from cluster.confirming import confirm_live
+from cluster.confirming import confirm_live, run_live
 from cluster.grids import MOST_POLICIES, ReplaySpec, default_policies, expand, parse_replay, read_replay
 from cluster.replays import ReplayReport, replay_trace
 from cluster.settings import Settings
@@ -162,6 +163,29 @@ def test_confirming_counts_what_differs(db: Database, of_full: Trace, monkeypatc
     assert 0 < one.decided_otherwise <= one.compared
 
 
+def test_what_has_changed_since_the_trace_is_not_confirmed(db: Database, world: World, tmp_path: Path) -> None:
+    """Protects drift from being something else: a live run of other exits or samples is no measure of a replay."""
+    exits, prompts = tmp_path / "exits", tmp_path / "prompts.jsonl"
+    bundle(exits, world.model)
+    before = "".join(world.prompts.read_text().splitlines(keepends=True)[:4])
+    prompts.write_text(before)
+    asked = {"jsonl": str(prompts), "id": "id", "ends": "text"}
+    trace = done(db, traced_spec(world, "full", exits=str(exits), benchmarks=[asked]))
+
+    def confirm() -> None:
+        run_live(db, trace, "changed", [policy("fixed", exit_layer=4)], ["es"], Settings(), inline=True)
+
+    confirm()
+    prompts.write_text(before.replace("ret", "rat"))
+    with pytest.raises(BadInput, match=r"has changed since job .* was traced; trace it again"):
+        confirm()
+    prompts.write_text(before)
+    shutil.rmtree(exits)
+    bundle(exits, world.model, seed=1)
+    with pytest.raises(BadInput, match=r"exits_hash has changed since job .* was traced; trace it again"):
+        confirm()
+
+
 def test_a_trace_keeps_what_a_record_promises(db: Database, of_reference: Trace, of_full: Trace) -> None:
     """Protects `db check`: outcomes, timings and rollups of traces are whole."""
     from cluster.contents import hashes
@@ -201,11 +225,15 @@ def test_command_line(db: Database, world: World, tmp_path: Path) -> None:
         ("{oracle: {threshold: 0.5}}", "'threshold' is not known"),
         ("{confidence: {threshold: []}}", "empty list"),
         ("{confidence: {threshold: {from: 0, to: 1, steps: 1}}}", "from 2"),
+        ("{confidence: {threshold: {from: 0, to: .inf, steps: 3}}}", "give numbers for from and to, and"),
         ("{static: {layers: [2]}}", "'static' cannot be replayed"),
         ("{self-speculative: {exit_layer: 4}}", "rolled back"),
         ("{fixed: {exit_layer: [3, 4]}}", "exit_layer is 3, which is no exit point"),
         ("{policies: [full], exits: others}", "exits: the policies are for 'others'"),
         ("{policies: [full], weights_hash: abc}", "weights_hash: the policies are for 'abc'"),
+        ("{policies: [full], exits_hash: abc}", "exits_hash: the policies are for 'abc'"),
+        ("{policies: [full], content_hash: abc}", "content_hash: the policies are for 'abc'"),
+        ("{policies: [full], model: smollm2-135m}", "model: the policies are for 'smollm2-135m'"),
         ("{policies: [full], benchmark: humaneval-lines}", "benchmark: the policies are for 'humaneval-lines'"),
         ("{policies: [full], colour: red}", "'colour' is not known"),
         ("{confidence: {threshold: {from: 0, to: 1, steps: 300}, min_layer: [1, 2], full_first: [1, 2, 3, 4],"
@@ -222,8 +250,6 @@ def test_bad_input_is_one_sentence(db: Database, of_reference: Trace, text: str,
 
 def test_what_a_trace_lacks(db: Database, world: World, tmp_path: Path) -> None:
     """Protects users of exits without a controller, of jobs that are no traces, and of traces that are not done."""
-    from small_world import bundle
-
     exits = bundle(tmp_path / "exits", world.model, controller=False)
     trace = done(db, traced_spec(world, "reference", exits=str(exits)))
     with pytest.raises(BadInput, match="needs the column controller"):
@@ -269,6 +295,9 @@ def test_grids() -> None:
     assert [(one.exit, one.stop) for one in found[2:8]] == pairs
     assert [one.shares for one in found[8:]] == [(0.1, 0.2), (0.3, 0.4)]
     assert MOST_POLICIES >= 1000
+    steps = {"from": 0, "to": 1, "steps": 24_000}
+    with pytest.raises(BadInput, match=r"24,000 cells, .* about 48 minutes over 1,000,000 tokens at 6 exit points"):
+        expand([{"margin": {"threshold": steps}}], 1_000_000, 6)
 
 
 def test_an_export_brings_a_trace_along(db: Database, of_reference: Trace, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training: seeded, resumable, honest about what it learned from, and refused in one sentence where it cannot be."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from training_world import PowerCut, changed, cut_at
 from engine.controllers import promised
 from engine.engine import Engine
 from engine.errors import BadInput
-from engine.exits import TENSORS, read_manifest
+from engine.exits import MANIFEST, TENSORS, read_manifest
 from engine.preview import Preview
 from engine.training.heads import HeadTrainer
 from engine.training.labels import labels, left_before
@@ -176,6 +177,18 @@ def test_a_start_whose_untied_heads_do_not_fit_is_refused(world: TrainSpec, tmp_
     train(world, tmp_path / "first")
     with pytest.raises(BadInput, match="untied heads over a shortlist of 64, the spec wants 32; make them the same"):
         train(changed(world, start=str(tmp_path / "first"), shortlist=32), tmp_path / "second")
+    with pytest.raises(BadInput, match="has heads 'untied' of rank None, the spec wants 'tied'"):
+        train(changed(world, start=str(tmp_path / "first"), head="tied"), tmp_path / "second")
+    assert not (tmp_path / "second.work").exists()
+
+
+def test_a_start_of_another_model_is_refused(world: TrainSpec, tmp_path: Path) -> None:
+    """Its tensors may fit in size, and would be worth nothing."""
+    train(changed(world, controller=None, epochs=1), tmp_path / "first")
+    note = tmp_path / "first" / MANIFEST
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"weights_hash": "0" * 64}))
+    with pytest.raises(BadInput, match="weights"):
+        train(changed(world, start=str(tmp_path / "first")), tmp_path / "second")
     assert not (tmp_path / "second.work").exists()
 
 

@@ -12,7 +12,7 @@ from training_world import PowerCut, changed, cut_at
 
 from engine.errors import BadInput
 from engine.exits import TENSORS
-from engine.training.checkpoint import Log, NotFinite
+from engine.training.checkpoint import Checkpoint, Log, NotFinite
 from engine.training.controller import ControllerTrainer
 from engine.training.heads import HeadTrainer
 from engine.training.spec import TrainSpec
@@ -104,6 +104,24 @@ def test_a_disk_that_fills_up_later_is_told_and_training_goes_on(world: TrainSpe
     train(world, tmp_path / "bundle")
     one, other = (load_file(tmp_path / name / TENSORS) for name in ("whole", "bundle"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_checkpoint_without_room_leaves_the_one_before(tmp_path: Path) -> None:
+    """Whole, and with no half of the new one beside it that would take the room."""
+    parameters = {"weight": torch.nn.Parameter(torch.ones(4_000))}
+    optimiser = torch.optim.Adam(parameters.values())
+    checkpoint = Checkpoint(tmp_path / "heads.pt")
+    checkpoint.save(7, parameters, optimiser)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, before[1]))
+        with pytest.raises(BadInput, match=r"^out: .*heads.pt cannot be written .* make room"):
+            checkpoint.save(8, {"weight": torch.zeros(4_000)}, optimiser)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["heads.pt"]
+    assert checkpoint.load(parameters, optimiser, torch.device("cpu")) == {"step": 7}
+    assert parameters["weight"].eq(1).all()
 
 
 def test_a_log_without_room_is_told(tmp_path: Path) -> None:
