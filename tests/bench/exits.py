@@ -54,7 +54,7 @@ LOSS = 0.011
 #: shares of tokens that agree with full depth: at each the fastest policy is tried live
 LEVELS = (0.99, 0.98, 0.97, 0.95, 0.93)
 #: tokens whose logits are computed behind the last layer
-PREVIEWS = (1024, 2048)
+PREVIEWS = (1024,)
 #: of what is hopeless a stopping controller finds this share
 RECALL = 0.3
 
