@@ -115,8 +115,7 @@ class Heads:
     def all_matrices(self) -> list[Matrix]:
         """The matrices that come on top of the model's own."""
         shortlisted = [] if self.unembedder is self.stack.unembedder else [self.unembedder]
-        looks = [] if self.preview is None else [self.preview.matrix]
-        return shortlisted + list(self.untied.values()) + looks
+        return shortlisted + list(self.untied.values())
 
     def parameters(self, point: int) -> int:
         """Parameters that a state multiplies with in the head at `point`."""

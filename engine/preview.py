@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from engine import native
-from engine.matrices import Matrix
 
 DOWN, UP = "preview.down", "preview.up"
 
@@ -35,15 +34,17 @@ class Preview:
     def __init__(self, unembedding: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> None:
         """unembedding: [vocabulary, hidden]; bias: [vocabulary]; tensors: down [rank, hidden], up [hidden, rank]."""
         self.unembedding, self.bias, self.down = unembedding, bias, tensors[DOWN]
-        self.matrix = Matrix(unembedding @ tensors[UP], bias)
+        #: [rank, vocabulary]: read along the tokens, for a sum of few terms fills no vector
+        self.rows = (unembedding @ tensors[UP]).t().contiguous()
 
     def parameters(self, exact: int) -> int:
         """Parameters that one state multiplies with where so many tokens are computed exactly."""
-        return self.matrix.parameters + self.down.numel() + exact * self.unembedding.shape[1]
+        return self.rows.numel() + self.down.numel() + exact * self.unembedding.shape[1]
 
     def looked(self, states: Tensor) -> Tensor:
         """What all logits look like: normed states [states, hidden] to [states, vocabulary], float32."""
-        return self.matrix(states @ self.down.t()).float()
+        looked = (states @ self.down.t()) @ self.rows
+        return (looked if self.bias is None else looked + self.bias).float()
 
     def __call__(self, states: Tensor, count: int) -> Foreseen:
         """Normed states [states, hidden], with at least `count` logits of each exact."""
