@@ -449,42 +449,55 @@ def _lowest_of_highest(row: Floats, count: int) -> np.float32:
     return some[found - (count - above)]
 
 
-@loop(void(TABLE, TABLE, TABLE, ROW, int64, PLACES, ROW, PLACES))
-def _refine(
-    logits: Floats,
-    states: Floats,
+@kept(nb.njit, void(ROW, ROW, TABLE, ROW, int64, PLACES, ROW, PLACES, int64), fastmath=FAST, nogil=True)
+def _refine_row(
+    row: Floats,
+    state: Floats,
     weight: Floats,
     bias: Floats,
     count: int,
     best: npt.NDArray[np.int64],
     probabilities: Floats,
     exact: npt.NDArray[np.int64],
+    token: int,
 ) -> None:
-    for token in range(logits.shape[0]):
-        row, state = logits[token], states[token]
-        lowest = _lowest_of_highest(row, count)
-        best[token], top, computed = 0, np.float32(-np.inf), int64(0)
-        for i in range(len(row)):
-            if row[i] < lowest:
-                continue
-            own = weight[i]
-            total = np.float32(0)
-            for j in range(len(state)):
-                total += own[j] * state[j]
-            if len(bias):
-                total += bias[i]
-            row[i] = total
-            computed += 1
-            if total > top or total != total:  # what is no number is to be seen
-                best[token], top = i, total
-        exact[token] = computed
-        highest = top
-        for i in range(len(row)):
-            highest = max(highest, row[i])
+    lowest = _lowest_of_highest(row, count)
+    best[token], top, computed = 0, np.float32(-np.inf), int64(0)
+    for i in range(len(row)):
+        if row[i] < lowest:
+            continue
+        own = weight[i]
         total = np.float32(0)
-        for i in range(len(row)):
-            total += exp(row[i] - highest)
-        probabilities[token] = exp(top - highest) / total
+        for j in range(len(state)):
+            total += own[j] * state[j]
+        if len(bias):
+            total += bias[i]
+        row[i] = total
+        computed += 1
+        if total > top or total != total:  # what is no number is to be seen
+            best[token], top = i, total
+    exact[token] = computed
+    highest = top
+    for i in range(len(row)):
+        highest = max(highest, row[i])
+    total = np.float32(0)
+    for i in range(len(row)):
+        total += exp(row[i] - highest)
+    probabilities[token] = exp(top - highest) / total
+
+
+@kept(nb.cfunc, GIVEN, **OPTIONS)
+def _refine_some(given: Any) -> None:
+    """What one thread does: some of the rows."""
+    tokens, vocabulary, hidden = given[3], given[4], given[5]
+    logits = carray(at(given[0]), (tokens, vocabulary), np.float32)
+    states = carray(at(given[1]), (tokens, hidden), np.float32)
+    weight = carray(at(given[2]), (vocabulary, hidden), np.float32)
+    bias = carray(at(given[6]), given[7], np.float32)
+    best, exact = carray(at(given[9]), tokens, np.int64), carray(at(given[11]), tokens, np.int64)
+    probabilities = carray(at(given[10]), tokens, np.float32)
+    for token in range(part(), tokens, parts()):
+        _refine_row(logits[token], states[token], weight, bias, given[8], best, probabilities, exact, token)
 
 
 def refine(
@@ -497,14 +510,20 @@ def refine(
     """
     best, exact = empty(len(logits), dtype=int64_), empty(len(logits), dtype=int64_)
     probabilities = empty(len(logits))
-    _refine(
-        logits.numpy(),
-        states.contiguous().numpy(),
-        weight.numpy(),
-        np.empty(0, np.float32) if bias is None else bias.numpy(),
+    states, weight = states.contiguous(), weight.contiguous()
+    nothing = weight if bias is None else bias  # of which no number is read
+    given = (c_int64 * 12)(
+        logits.data_ptr(),
+        states.data_ptr(),
+        weight.data_ptr(),
+        *logits.shape,
+        states.shape[1],
+        nothing.data_ptr(),
+        0 if bias is None else len(bias),
         count,
-        best.numpy(),
-        probabilities.numpy(),
-        exact.numpy(),
+        best.data_ptr(),
+        probabilities.data_ptr(),
+        exact.data_ptr(),
     )
+    share(_refine_some, given, min(get_num_threads(), len(logits)))
     return best, probabilities, exact
