@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
+from safetensors.torch import load_file
 from small_world import World
 from tiny_models import HIDDEN, own_cache
 from transformers import AutoModelForCausalLM
@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from cluster.cli import app
 from cluster.reports.reliability import render_reliability
-from engine.exits import TENSORS, find_bundle, read_manifest, shipped_exits
+from engine.exits import TENSORS, find_bundle, read_manifest, shipped_exits, write_bundle
 
 
 def call(*arguments: str) -> Result:
@@ -89,9 +89,11 @@ def test_reliability_is_drawn_as_one_file(tmp_path: Path) -> None:
     assert f"{plain.scores['12']['exit_precision']:.3f}" in page
 
 
-@pytest.mark.skipif(bool(read_manifest(find_bundle("smollm2-135m")).reliability), reason="the bundle has a record")
 def test_what_was_not_recorded_cannot_be_drawn(tmp_path: Path) -> None:
-    result = call("show", "smollm2-135m", "--html", str(tmp_path / "page.html"))
+    shipped = find_bundle("smollm2-135m")
+    older = read_manifest(shipped).model_copy(update={"reliability": {}})
+    write_bundle(tmp_path / "older", older, load_file(shipped / TENSORS))
+    result = call("show", str(tmp_path / "older"), "--html", str(tmp_path / "page.html"))
     assert result.exit_code == 2
     assert "no reliability was recorded" in result.stderr
     assert not (tmp_path / "page.html").exists()
