@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import native
+from engine import native, native_heads
 from engine.exits import AFTER_EXIT
 from engine.spec import ControllerKind
 
@@ -48,7 +48,7 @@ class Controller:
         weight, bias = self.weights[point], self.biases[point]
         if native.fits(states):
             before = [False] * len(states) if left is None else left
-            return native.judge(states, weight, bias, self.recalls, before, self.after_exit)
+            return native_heads.judge(states, weight, bias, self.recalls, before, self.after_exit)
         logits = F.linear(in_own_size(states) if self.recalls else states, weight, bias).float()
         if left is not None and self.recalls:
             logits += torch.as_tensor(left, device=states.device)[:, None] * self.after_exit.float()

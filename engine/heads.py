@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine import controllers, native, preview
+from engine import controllers, native, native_heads, preview
 from engine.controllers import Controller
 from engine.deltas import PREFIX, check_deltas
 from engine.errors import BadInput
@@ -55,8 +55,8 @@ class Prediction(Choice):
 def choose(logits: Tensor, shortlist: Tensor | None = None) -> Prediction:
     """The most likely token of each row of logits [states, vocabulary or shortlist], with its softmax probability."""
     logits = logits.float()
-    if len(logits) <= native.FEW and native.fits(logits):
-        place, confidences = native.most_likely(logits)
+    if len(logits) <= native_heads.FEW and native.fits(logits):
+        place, confidences = native_heads.most_likely(logits)
     else:
         top, place = logits.max(dim=-1)
         confidences = torch.exp(top - logits.logsumexp(dim=-1))
@@ -192,8 +192,8 @@ def _promised(manifest: ExitsManifest) -> dict[str, tuple[int, ...]]:
 
 def lens(states: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """Low-rank residual: states [n, hidden], down [rank, hidden], up [hidden, rank]."""
-    if len(states) <= native.FEW and native.fits(states):
-        return native.lens(states, down, up)
+    if len(states) <= native_heads.FEW and native.fits(states):
+        return native_heads.lens(states, down, up)
     return states + F.linear(F.linear(states, down), up)
 
 

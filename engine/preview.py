@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine import native
+from engine import native, native_heads
 
 DOWN, UP = "preview.down", "preview.up"
 
@@ -50,7 +50,7 @@ class Preview:
         """Normed states [states, hidden], with at least `count` logits of each exact."""
         looked, count = self.looked(states), min(count, len(self.unembedding))
         if native.fits(looked) and native.fits(states):
-            best, probabilities, exact = native.refine(looked, states, self.unembedding, self.bias, count)
+            best, probabilities, exact = native_heads.refine(looked, states, self.unembedding, self.bias, count)
             return Foreseen(best, probabilities, looked, exact.tolist())
         likely = looked.topk(count, dim=-1).indices
         own = torch.einsum("sh,sch->sc", states, self.unembedding[likely]).float()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tiny_models import random_prompts
 from torch import Tensor
 
-from engine import loops, native, native_attention, openmp
+from engine import loops, native, native_attention, native_heads, openmp
 from engine.architectures.llama import LlamaStack
 from engine.attention import StepAttention
 from engine.cache import Span
@@ -54,17 +54,19 @@ def test_norms_gates_and_rotations_are_pytorchs(tokens: int, width: int) -> None
 def test_heads_and_controllers_are_pytorchs(width: int) -> None:
     """Protects what is said of one state: a lens, the likeliest token, a classifier's probabilities."""
     states, down, up = _random(3, 2 * width)[:, ::2], _random(5, width, seed=1), _random(width, 5, seed=2)
-    torch.testing.assert_close(native.lens(states, down, up), states + states @ down.T @ up.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        native_heads.lens(states, down, up), states + states @ down.T @ up.T, rtol=1e-4, atol=1e-4
+    )
     logits = 20 * _random(4, width, seed=3)
     logits[1] = -5  # all tie: the first
-    places, probabilities = native.most_likely(logits)
+    places, probabilities = native_heads.most_likely(logits)
     assert places.tolist() == [row.index(max(row)) for row in logits.tolist()]
     torch.testing.assert_close(probabilities, logits.softmax(dim=-1).max(dim=-1).values)
     weight, bias, after = _random(3, width, seed=4), _random(3, seed=5), _random(3, seed=6)
     for own in (True, False):
         x = F.rms_norm(states, (width,), eps=1e-6) if own else states
         expected = (x @ weight.T + bias + torch.tensor([[0.0], [1.0], [0.0]]) * after).softmax(dim=-1)
-        torch.testing.assert_close(native.judge(states, weight, bias, own, [False, True, False], after), expected)
+        torch.testing.assert_close(native_heads.judge(states, weight, bias, own, [False, True, False], after), expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
@@ -94,7 +96,7 @@ def test_a_probability_of_what_is_no_number_is_none(wrong: float, place: int) ->
     """Protects the check for numbers: wherever among the logits the fault stands."""
     logits = _random(2, 9)
     logits[1, place] = wrong
-    probabilities = native.most_likely(logits)[1]
+    probabilities = native_heads.most_likely(logits)[1]
     assert probabilities[0].isfinite()
     assert probabilities[1].isnan()
 
