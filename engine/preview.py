@@ -37,9 +37,10 @@ class Preview:
         #: [rank, vocabulary]: read along the tokens, for a sum of few terms fills no vector
         self.rows = (unembedding @ tensors[UP]).t().contiguous()
 
-    def parameters(self, exact: int) -> int:
-        """Parameters that one state multiplies with where so many tokens are computed exactly."""
-        return self.rows.numel() + self.down.numel() + exact * self.unembedding.shape[1]
+    @property
+    def parameters(self) -> int:
+        """Parameters that one state multiplies with in the look."""
+        return self.rows.numel() + self.down.numel()
 
     def looked(self, states: Tensor) -> Tensor:
         """What all logits look like: normed states [states, hidden] to [states, vocabulary], float32."""
