@@ -48,6 +48,7 @@ class Work:
     passes: list[tuple[int, int, int, int]] = field(default_factory=list)  #: (layers, tokens, context, cached)
     fills: list[tuple[int, int]] = field(default_factory=list)  #: (layers, tokens)
     heads: list[tuple[int, int]] = field(default_factory=list)  #: (parameters, states)
+    looks: list[tuple[int, int]] = field(default_factory=list)  #: (parameters, states)
 
     def run(self, *, layers: int, tokens: int, context: int, cached: int) -> None:
         """Tokens went through layers, looking at `context` positions in all, among `cached` that were read once each.
@@ -63,6 +64,10 @@ class Work:
     def head(self, *, parameters: int, states: int) -> None:
         """A head or the unembedding was evaluated."""
         self.heads.append((parameters, states))
+
+    def look(self, *, parameters: int, states: int) -> None:
+        """A preview looked at all tokens, by codes of one byte each."""
+        self.looks.append((parameters, states))
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ def cost(work: Work, shape: Shape, machine: Machine) -> Cost:
     flops, bytes_read = of_fill(shape, *_columns(work.fills, 2))
     total, ideal = total + flops.sum(), ideal + _ideal(flops, bytes_read, machine)
     flops, bytes_read = of_head(shape, *_columns(work.heads, 2))
+    total, ideal = total + flops.sum(), ideal + _ideal(flops, bytes_read, machine)
+    flops, bytes_read = of_look(*_columns(work.looks, 2))
     total, ideal = total + flops.sum(), ideal + _ideal(flops, bytes_read, machine)
     return Cost(int(total), int(ideal))
 
@@ -105,6 +112,11 @@ def of_fill(shape: Shape, layers: np.ndarray, tokens: np.ndarray) -> Price:
 def of_head(shape: Shape, parameters: np.ndarray, states: np.ndarray) -> Price:
     """As `Work.head`."""
     return 2 * parameters * states, shape.element_size * parameters
+
+
+def of_look(parameters: np.ndarray, states: np.ndarray) -> Price:
+    """As `Work.look`."""
+    return 2 * parameters * states, parameters
 
 
 def _ideal(flops: np.ndarray, bytes_read: np.ndarray, machine: Machine) -> float:

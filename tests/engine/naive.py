@@ -197,7 +197,10 @@ class Judge:
         """Token and probability where only the likeliest by the preview are computed, the rest being looked at."""
         down, up = self.bundle.tensors["preview.down"], self.bundle.tensors["preview.up"]
         x = final_norm(self.model)(state)
-        exact, looked = self.model.lm_head(x).tolist(), self.model.lm_head(up @ (down @ x)).tolist()
+        terms = torch.stack([self.model.lm_head(column) - self.model.lm_head(0 * column) for column in up.t()])
+        step = terms.abs().max(dim=1, keepdim=True).values / 127  # eight bits a number
+        seen = (down @ x) @ ((terms / step).round() * step) + self.model.lm_head(0 * x)
+        exact, looked = self.model.lm_head(x).tolist(), seen.tolist()
         order = sorted(range(len(looked)), key=lambda token: -looked[token])
         computed = order[: self.policy.preview]
         token = max(computed, key=lambda token: exact[token])

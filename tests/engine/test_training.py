@@ -85,14 +85,20 @@ def test_the_preview_is_the_best_of_its_rank(world: TrainSpec, tmp_path: Path) -
         x = normed(stack, states, range(400))
         exact = x @ stack.unembedding.t()
 
+        def projected(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+            return x @ tensors["preview.down"].t() @ tensors["preview.up"].t() @ stack.unembedding.t()
+
         def missed(tensors: dict[str, torch.Tensor]) -> float:
-            return float((exact - Preview(stack.unembedding, None, tensors).looked(x)).square().mean())
+            return float((exact - projected(tensors)).square().mean())
 
         # Eckart and Young: the squares that are left are those of the singular values left out
         singular = torch.linalg.svdvals(exact)
         found = missed(find_preview(stack, states, 6))
         assert found == pytest.approx(float(singular[6:].square().sum()) / exact.numel(), rel=1e-3)
         assert missed(find_preview(stack, states, 10_000)) < 1e-6 < found
+        looked = Preview(stack.unembedding, None, find_preview(stack, states, 6)).looked(x)
+        rounded = (looked - projected(find_preview(stack, states, 6))).square().mean()
+        assert 0 < rounded < found / 100, "eight bits lose little beside what the rank leaves out"
     scores = manifest.scores["full"]
     assert scores["preview_finds_in_256"] == 1.0, "a vocabulary of fewer tokens is computed whole"
 
