@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, func, or_, select
 
 from db.errors import Missing
 from db.records import RunRow
@@ -45,9 +45,31 @@ class PairedBatches:
     decode_b: npt.NDArray[np.int64]
     tokens_a: npt.NDArray[np.int64]  #: written by decode steps
     tokens_b: npt.NDArray[np.int64]
+    #: [2, 3, batches] of either side what full depth of its own job took for the batch: prefill and decode in
+    #: nanoseconds, tokens; 0 where it was not timed under both. None: of two runs of one job, and of full depth itself
+    full: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.decode_a)
+
+    def per_token(self, of: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.int64]]:
+        """Decode times and tokens of A, then of B, of some batches: [some] each. Where full depth was timed in both
+        jobs, its own times and tokens stand behind those of either side.
+        """
+        return self._columns([self.decode_a, self.tokens_a], [self.decode_b, self.tokens_b], 1, of)
+
+    def per_request(self, of: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.int64]]:
+        """The same of prefill and decoding together, by batch."""
+        one = np.ones(len(self), np.int64)
+        return self._columns([self.prefill_a + self.decode_a, one], [self.prefill_b + self.decode_b, one], 0, of)
+
+    def _columns(self, a: list[Any], b: list[Any], first: int, of: Any) -> list[npt.NDArray[np.int64]]:
+        a, b = ([column[of] for column in side] for side in (a, b))
+        if self.full is None or not (full := self.full[..., of])[:, 2].any(axis=1).all():
+            return [*a, *b]
+        units = full[:, 2] if first else (full[:, 2] > 0).astype(np.int64)
+        times = full[:, first:2].sum(axis=1)
+        return [*a, times[0], units[0], *b, times[1], units[1]]
 
 
 @dataclass(frozen=True)
@@ -159,18 +181,26 @@ def paired_batches(db: Database, a: RunRow, b: RunRow, batch_size: int) -> Paire
     where `a` is the `full` run of the same job.
     """
     of_a, of_b = timing.alias("of_a"), timing.alias("of_b")
+    full_a, full_b = timing.alias("full_a"), timing.alias("full_b")
     first = and_(sample.c.benchmark_id == a.benchmark_id, sample.c.position == of_a.c.batch * batch_size)
-    columns = [of_a.c.device_class, sample.c.source_group]
-    columns += [table.c[name] for table in (of_a, of_b) for name in ("prefill_ns", "decode_ns", "decode_tokens")]
-    chosen = (
-        select(*columns, of_b.c.full_decode_ns)
-        .select_from(of_a)
-        .join(of_b, of_b.c.batch == of_a.c.batch)
-        .join(sample, first)
-        .where(of_a.c.run_id == a.id, of_b.c.run_id == b.id, of_a.c.timed, of_b.c.timed)
-        .where(of_a.c.device_class == of_b.c.device_class, of_a.c.rows == of_b.c.rows)
-    )
+    columns: list[ColumnElement[Any]] = [of_a.c.device_class, sample.c.source_group]
+    columns += [table.c[name] for table in (of_a, of_b) for name in _TIMES]
+    columns += [of_b.c.full_decode_ns]
+    for own, full in ((of_a, full_a), (of_b, full_b)):
+        columns += [full.c.prefill_ns, func.coalesce(own.c.full_decode_ns, full.c.decode_ns), full.c.decode_tokens]
+    paced = a.job_id != b.job_id and {a.policy_kind, b.policy_kind} != {"full"}
     with db.read() as connection:
+        full_runs = [_full_run(connection, one) if paced else _NO_RUN for one in (a, b)]
+        chosen = (
+            select(*columns)
+            .select_from(of_a)
+            .join(of_b, of_b.c.batch == of_a.c.batch)
+            .join(sample, first)
+            .outerjoin(full_a, _beside(full_a, of_a, full_runs[0]))
+            .outerjoin(full_b, _beside(full_b, of_b, full_runs[1]))
+            .where(of_a.c.run_id == a.id, of_b.c.run_id == b.id, of_a.c.timed, of_b.c.timed)
+            .where(of_a.c.device_class == of_b.c.device_class, of_a.c.rows == of_b.c.rows)
+        )
         rows = connection.execute(chosen.order_by(of_a.c.batch)).all()
     beside = a.job_id == b.job_id and a.policy_kind == "full" and bool(rows) and all(row[8] is not None for row in rows)
     return PairedBatches(
@@ -182,7 +212,30 @@ def paired_batches(db: Database, a: RunRow, b: RunRow, batch_size: int) -> Paire
         decode_b=_column(rows, 6, np.int64),
         tokens_a=_column(rows, 4, np.int64),
         tokens_b=_column(rows, 7, np.int64),
+        full=_full_columns(rows) if paced else None,
     )
+
+
+_TIMES = ("prefill_ns", "decode_ns", "decode_tokens")
+_NO_RUN = -1
+
+
+def _full_run(connection: Connection, one: RunRow) -> int:
+    """The run of full depth in the same job on the same benchmark."""
+    mine = (run.c.job_id == one.job_id, run.c.benchmark_id == one.benchmark_id, run.c.policy_kind == "full")
+    return connection.execute(select(run.c.id).where(*mine).order_by(run.c.id)).scalar() or _NO_RUN
+
+
+def _beside(full: Any, own: Any, full_run: int) -> ColumnElement[bool]:
+    """Full depth's timing of the same batch on the same device class."""
+    same = [full.c[name] == own.c[name] for name in ("batch", "device_class", "rows")]
+    return and_(full.c.run_id == full_run, full.c.timed, *same)
+
+
+def _full_columns(rows: Any) -> npt.NDArray[np.int64]:
+    """[2, 3, batches]; 0 where either side's full depth was not timed."""
+    both = [[0 if None in row[9:15] else value for value in row[9:15]] for row in rows]
+    return np.array(both, np.int64).reshape(-1, 2, 3).transpose(1, 2, 0)
 
 
 def _column(rows: Any, place: int, dtype: Any) -> npt.NDArray[Any]:

@@ -177,16 +177,26 @@ def relative_change(a: Numbers, b: Numbers, *, axis: int) -> Numbers:
         return b.sum(axis) / a.sum(axis) - 1
 
 
-def speed_gain(a: Numbers, units_a: Numbers, b: Numbers, units_b: Numbers, *, axis: int) -> Numbers:
-    """(Σ a / Σ units) / (Σ b / Σ units) - 1: A's time for a unit over B's; below 0 where B is slower."""
+def speed_gain(*columns: Numbers, axis: int) -> Numbers:
+    """A's time for a unit over B's, - 1; below 0 where B is slower.
+
+    columns: times and units of A, then of B: (Σ a / Σ units) / (Σ b / Σ units) - 1. With the times and units of a
+    reference behind those of either side, each side's time is taken as a multiple of its reference's.
+    """
+    half = len(columns) // 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        return a.sum(axis) / units_a.sum(axis) * units_b.sum(axis) / b.sum(axis) - 1
+        return _pace(columns[:half], axis) / _pace(columns[half:], axis) - 1
 
 
-def log_speed(a: Numbers, units_a: Numbers, b: Numbers, units_b: Numbers, *, axis: int) -> Numbers:
+def log_speed(*columns: Numbers, axis: int) -> Numbers:
     """The logarithm of `speed_gain` + 1: as far from 0 when A and B are swapped."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log1p(speed_gain(a, units_a, b, units_b, axis=axis))
+        return np.log1p(speed_gain(*columns, axis=axis))
+
+
+def _pace(columns: Sequence[Numbers], axis: int) -> Numbers:
+    time, units, *reference = (column.sum(axis) for column in columns)
+    return time / units if not reference else time / units / (reference[0] / reference[1])
 
 
 def _nothing_moves(figure: Figure, sums: Sequence[Numbers], value: float) -> bool:

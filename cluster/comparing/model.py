@@ -37,6 +37,7 @@ class Difference(Part):
     b: float | None = None
     change: Estimate = Estimate()  #: b - a; of a speed nothing
     relative: Estimate = Estimate()  #: quality: b / a - 1; speed: A's time over B's - 1, so that a slowdown is below 0
+    paced: bool = False  #: of a speed: for `relative` each time is a multiple of full depth's in its own job
     p_value: float | None = None  #: two-sided: A and B swapped at random in whole source groups
     p_holm: float | None = None  #: the same, corrected for all differences of the comparison
     p_worse: float | None = None  #: one-sided: that B is no worse

@@ -10,7 +10,7 @@ from db.noise import NoisePair, keep_pairs, pairs_of, unpaired_runs
 from db.pairs import PairedBatches, paired_batches
 from db.records import RunRow
 from db.session import Database
-from workers.differences import noise_floor
+from workers.differences import log_speed, noise_floor
 
 #: what two runs must share to be runs of the same spec; beside it their benchmark and their policy
 SAME = (
@@ -75,23 +75,31 @@ def pair_runs(db: Database, content_hash: str, policy: str) -> int:
 def _classes(batches: PairedBatches) -> list[str]:
     """Those with enough of both runs to have a speed."""
     names = sorted(set(batches.device_class.tolist()))
-    return [name for name in names if _sums(batches, name).min() > 0]
+    return [name for name in names if min(sums.min() for sums in _sums(batches, name)) > 0]
 
 
 def _pair(a: RunRow, b: RunRow, content_hash: str, device_class: str, batches: PairedBatches) -> NoisePair:
-    prefill_a, decode_a, tokens_a, prefill_b, decode_b, tokens_b = _sums(batches, device_class)
+    per_token, per_request = _sums(batches, device_class)
     return NoisePair(
         run_a=a.id,
         run_b=b.id,
         device_class=device_class,
         content_hash=content_hash,
         policy=b.policy,
-        log_token=float(np.log((decode_a / tokens_a) / (decode_b / tokens_b))),
-        log_request=float(np.log((prefill_a + decode_a) / (prefill_b + decode_b))),
+        log_token=float(log_speed(*per_token, axis=-1)),
+        log_request=float(log_speed(*per_request, axis=-1)),
     )
 
 
-def _sums(batches: PairedBatches, device_class: str) -> Any:
+def _sums(batches: PairedBatches, device_class: str) -> list[Any]:
+    """Of either speed the sums of its columns, [columns, 1]."""
     mine = batches.device_class == device_class
-    names = ("prefill_a", "decode_a", "tokens_a", "prefill_b", "decode_b", "tokens_b")
-    return np.array([getattr(batches, name)[mine].sum(dtype=np.float64) for name in names])
+    return [
+        np.array([[column.sum(dtype=np.float64)] for column in speed_columns(name, batches, mine)])
+        for name in ("speedup_token", "speedup_request")
+    ]
+
+
+def speed_columns(name: str, batches: PairedBatches, mine: Any) -> list[Any]:
+    """What `speed_gain` takes, of some batches."""
+    return batches.per_token(mine) if name == "speedup_token" else batches.per_request(mine)

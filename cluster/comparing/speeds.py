@@ -1,11 +1,13 @@
-"""How long the two sides took: batch by batch, a device class at a time, beside what noise alone does."""
+"""How long the two sides took: batch by batch, a device class at a time, beside what noise alone does.
+
+A machine's pace changes from one hour to the next, so that a job's times are taken as multiples of what its own full
+depth took for the same batches, in turns with it. Full depth itself has no such measure: of it the times are compared.
+"""
 
 from typing import Any
 
-import numpy as np
-
 from cluster.comparing.model import Difference, Floor
-from cluster.comparing.noise import floors
+from cluster.comparing.noise import floors, speed_columns
 from cluster.comparing.wanted import Wanted, as_estimate
 from db.pairs import PairedBatches, paired_batches
 from db.records import RunRow
@@ -53,15 +55,16 @@ def speeds(
 def speed_of(name: str, device_class: str, batches: PairedBatches, wanted: Wanted) -> Difference:
     """One of the speeds on one device class, without its floor."""
     mine = batches.device_class == device_class
-    columns, clusters = _speed_columns(name, batches, mine), Clusters(batches.source_group[mine])
-    sums = clusters.sums(*columns)
+    columns, clusters = speed_columns(name, batches, mine), Clusters(batches.source_group[mine])
+    sums, half = clusters.sums(*columns), len(columns) // 2
     gain = wanted.interval(speed_gain, sums)
-    odds = chance(log_speed, sums[:2], sums[2:])
-    time_a, units_a, time_b, units_b = (float(column.sum()) for column in sums)
+    odds = chance(log_speed, sums[:half], sums[half:])
+    time_a, units_a, time_b, units_b = (float(sums[place].sum()) for place in (0, 1, half, half + 1))
     return Difference(
         metric=name,
         kind="speed",
         device_class=device_class,
+        paced=half > 2,
         a=time_a / units_a / 1e6 if units_a else None,
         b=time_b / units_b / 1e6 if units_b else None,
         relative=as_estimate(gain),
@@ -71,14 +74,3 @@ def speed_of(name: str, device_class: str, batches: PairedBatches, wanted: Wante
         units=int(mine.sum()),
         groups=clusters.groups,
     )
-
-
-def _speed_columns(name: str, batches: PairedBatches, mine: Any) -> list[Any]:
-    """Time and units of A, then of B."""
-    columns: list[Any]
-    if name == "speedup_token":
-        columns = [batches.decode_a, batches.tokens_a, batches.decode_b, batches.tokens_b]
-    else:
-        one = np.ones(len(batches))
-        columns = [batches.prefill_a + batches.decode_a, one, batches.prefill_b + batches.decode_b, one]
-    return [column[mine] for column in columns]

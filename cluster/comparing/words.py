@@ -56,7 +56,11 @@ def _within_floor(one: Difference) -> bool:
 
 
 def floor(one: Difference) -> str:
-    """What is known of the noise of a speed, as one sentence."""
+    """What a speed was held against, and what is known of its noise."""
+    return f"Held against full depth of its own job. {_floor(one)}" if one.paced else _floor(one)
+
+
+def _floor(one: Difference) -> str:
     if one.floor is None or one.floor.share is None:
         return "How far two runs of one spec differ is not known, so no change can be told from noise."
     if not one.floor.pairs:

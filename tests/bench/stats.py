@@ -21,7 +21,7 @@ from scipy.stats import binomtest, kstest
 
 from cluster import jobs
 from cluster.comparing.build import compare
-from cluster.comparing.model import Changed, Comparison, Difference, PairComparison, Side
+from cluster.comparing.model import Changed, Comparison, Difference, Floor, PairComparison, Side
 from cluster.comparing.noise import floors
 from cluster.comparing.quality import quality_of
 from cluster.comparing.sides import Asked
@@ -33,12 +33,12 @@ from cluster.spec import parse_job
 from cluster.unchanged import done_before
 from db.jobs import benchmark as benchmark_of
 from db.jobs import runs as runs_of
-from db.pairs import paired_batches, paired_outcomes, scores_of
+from db.pairs import PairedBatches, paired_batches, paired_outcomes, scores_of
 from db.session import Database, open_database
 from tests.bench import postgresql
 from tests.bench.big_pairs import compared_in_a_process
 from tests.bench.measure import Row, printed, write
-from workers.differences import Clusters
+from workers.differences import Clusters, log_speed, noise_floor
 
 SAMPLES = int(os.environ.get("BENCH_SAMPLES", 480))
 DRAWS = int(os.environ.get("BENCH_DRAWS", 10_000))
@@ -216,13 +216,13 @@ def quality(of: Observed, pool: ProcessPoolExecutor) -> Iterator[Row]:
     yield share("true loss of 2 %, 1,000 samples, 100 groups: gate fails", sum(failed), fewer)
 
 
-def same_again(db: Database) -> Iterator[Row]:
+def same_again(db: Database, pool: ProcessPoolExecutor) -> Iterator[Row]:
     """Jobs of one spec, pairwise: quality does not differ, speed hardly ever alarms, and a true slowdown does."""
     per_job = len(TIMED["policies"])  # type: ignore[arg-type]
     pairs = -(-PAIRS // per_job)
     ids = [work_off(db, TIMED) for _ in range(2 * pairs)]
     same = alarms = slow = 0
-    spreads = []
+    spreads, timed = [], list[PairedBatches]()
     for a, b in zip(ids[::2], ids[1::2], strict=True):
         compare(db, Asked(a), Asked(b), metrics=["speedup_token"])  # each run is in the pair that it was made for
     for a, b in zip(ids[::2], ids[1::2], strict=True):
@@ -230,25 +230,91 @@ def same_again(db: Database) -> Iterator[Row]:
         same += sum(pair.agreement.diverging == 0 for pair in found.pairs)
         alarms += len(judge(db, NO_SLOWDOWN, Asked(a), Asked(b)).failed)
         for one, other in zip(runs_of(db, a), runs_of(db, b), strict=True):
-            speed = slower(db, one, other, 1.05)
-            slow += verdict(speed, NO_SLOWDOWN) is Outcome.FAIL
-            spreads.append(100 * (speed.floor.share or 0.0) if speed.floor else 0.0)
+            batches = paired_batches(db, one, other, TIMED["generation"]["batch_size"])  # type: ignore[index]
+            known = floors(db, benchmark_of(db, one.benchmark_id).content_hash, one, other)
+            floor = known.of("speedup_token", str(batches.device_class[0]))
+            slow += is_found(batches, floor)
+            spreads.append(100 * (floor.share or 0.0))
+            timed += [batches] if batches.full is not None else []
     n = pairs * per_job
     yield share(f"{n} pairs of one spec: the same tokens", same, n, at_least=100)
     yield share(f"{n} pairs of one spec: speed alarms", alarms, n, at_most=1)
     low, value, high = np.percentile(spreads, [2.5, 50, 97.5])
     yield Row("noise floor of a speed, median", float(value), float(low), float(high), "%")
-    yield share("true slowdown of 5 %: gate fails", slow, n, at_least=90)
+    yield share(f"true slowdown of 5 %, {TIMED['benchmarks'][0]['samples']} samples: gate fails", slow, n)  # type: ignore[index]
+    yield from spread(timed)
+    draws = max(1, DRAWS // 20)
+    whole = put_together(timed)
+    found = list(pool.map(partial(slow_draw, whole, 1.05), range(draws), chunksize=4))
+    yield share("true slowdown of 5 %, 1,000 samples in 250 batches: gate fails", sum(found), draws, at_least=90)
+    found = list(pool.map(partial(slow_draw, whole, 1.0), range(draws), chunksize=4))
+    yield share("no slowdown, 1,000 samples in 250 batches: gate fails", sum(found), draws, at_most=1)
 
 
-def slower(db: Database, a: Any, b: Any, factor: float) -> Difference:
-    """B's speed as if every step of its batches had taken longer, with what is known of noise."""
-    batches = paired_batches(db, a, b, TIMED["generation"]["batch_size"])  # type: ignore[index]
+def spread(timed: list[PairedBatches]) -> Iterator[Row]:
+    """By how much pairs of one spec differ, and what of it goes away with more batches."""
+    mine = [np.ones(len(one), bool) for one in timed]
+    clock = [
+        log_speed(*(c[None] for c in replace(one, full=None).per_token(of)), axis=-1)
+        for one, of in zip(timed, mine, strict=True)
+    ]
+    paced = [log_speed(*(c[None] for c in one.per_token(of)), axis=-1) for one, of in zip(timed, mine, strict=True)]
+    alone = [log_speed(*(c[:, None] for c in one.per_token(of)), axis=-1) for one, of in zip(timed, mine, strict=True)]
+    parts = [one.std(ddof=1) / math.sqrt(len(one)) for one in alone]
+    for name, values in (
+        ("root mean square of pairs, by the clock", np.concatenate(clock)),
+        ("root mean square of pairs, against full depth", np.concatenate(paced)),
+        ("as far as single batches explain it", np.array(parts)),
+    ):
+        drawn = np.random.default_rng(0).choice(values, (2_000, len(values)))
+        low, high = np.percentile(np.sqrt((drawn**2).mean(1)), [2.5, 97.5])
+        yield Row(name, float(100 * np.sqrt((values**2).mean())), float(100 * low), float(100 * high), "%")
+
+
+def put_together(timed: list[PairedBatches]) -> PairedBatches:
+    """All batches of all pairs, each in a source group of its own."""
+    names = [name for name in PairedBatches.__dataclass_fields__ if name != "full"]
+    columns = {name: np.concatenate([getattr(one, name) for one in timed]) for name in names}
+    full = np.concatenate([one.full for one in timed if one.full is not None], axis=-1)
+    return PairedBatches(**columns, full=full)
+
+
+def slow_draw(whole: PairedBatches, factor: float, seed: int) -> bool:
+    """Whether a slowdown of a policy is found between two jobs of 250 batches, 20 pairs of one spec being known.
+
+    Batches are drawn from all pairs, their sides swapped at random: what whole jobs have in common and full depth does
+    not take out is not in it.
+    """
+    rng = np.random.default_rng([seed, 3])
+
+    def job() -> PairedBatches:
+        at, swapped = rng.integers(0, len(whole), 250), rng.random(250) < 0.5
+        a, b = np.where(swapped, "b", "a"), np.where(swapped, "a", "b")
+        assert whole.full is not None
+        side = swapped.astype(int)
+        return PairedBatches(
+            device_class=whole.device_class[at],
+            source_group=np.array([str(place) for place in range(250)], object),
+            full=np.stack([whole.full[side, :, at].T, whole.full[1 - side, :, at].T]),
+            **{
+                f"{name}_{to}": np.where(of == "a", getattr(whole, f"{name}_a")[at], getattr(whole, f"{name}_b")[at])
+                for name in ("prefill", "decode", "tokens")
+                for to, of in (("a", a), ("b", b))
+            },
+        )
+
+    everything = np.ones(250, bool)
+    known = [float(log_speed(*job().per_token(everything), axis=-1)) for _ in range(20)]
+    return is_found(job(), Floor(pairs=len(known), share=noise_floor(known)), factor)
+
+
+def is_found(batches: PairedBatches, floor: Floor, factor: float = 1.05) -> bool:
+    """Whether the gate fails where every step of B's batches had taken longer, full depth's had not."""
     batches = replace(batches, decode_b=(batches.decode_b * factor).astype(np.int64))
-    [device_class] = set(batches.device_class.tolist())
-    speed = speed_of("speedup_token", device_class, batches, Wanted(NO_SLOWDOWN.two_sided, None, (), None))
-    known = floors(db, benchmark_of(db, a.benchmark_id).content_hash, a, b)
-    return speed.model_copy(update={"floor": known.of("speedup_token", device_class)})
+    speed = speed_of(
+        "speedup_token", str(batches.device_class[0]), batches, Wanted(NO_SLOWDOWN.two_sided, None, (), None)
+    )
+    return verdict(speed.model_copy(update={"floor": floor}), NO_SLOWDOWN) is Outcome.FAIL
 
 
 def everything() -> Iterator[Row]:
@@ -258,7 +324,7 @@ def everything() -> Iterator[Row]:
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         of = observed(db)
         yield from quality(of, pool)
-    yield from same_again(db)
+        yield from same_again(db, pool)
     db.close()
     with postgresql.server() as server:
         yield from compared_in_a_process(server)

@@ -121,6 +121,8 @@ def test_pairs_of_the_same_spec_make_the_noise_floor(scene: Compared) -> None:
     [pair] = noise.pairs_of(database, found.pairs[0].content_hash, "full")
     database.close()
     assert 1 - speed.floor.share <= 2.718 ** -abs(pair.log_token) * 1.001
+    assert not speed.paced, "full depth has only the clock"
+    assert found.pairs[1].difference("speedup_token")[0].paced
 
 
 @pytest.mark.parametrize(

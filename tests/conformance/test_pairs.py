@@ -95,6 +95,32 @@ def test_batches_count_where_both_timed_them(db: Database) -> None:
     assert set(found.device_class.tolist()) == {"cpu-test"}
 
 
+def test_full_depth_stands_beside_what_both_timed(db: Database) -> None:
+    """Protects the pace that speeds of two jobs are held against: the same batches of full depth in either job."""
+    first, second = (finished(db, seed) for seed in (1, 2))
+    (full_a, a), (full_b, b) = jobs.runs(db, first), jobs.runs(db, second)
+    found = pairs.paired_batches(db, a, b, 2)
+    ours, theirs = (results.run_data(db, one.id) for one in (a, b))
+    of_a, of_b = (results.run_data(db, one.id) for one in (full_a, full_b))
+    both = ours.timed & theirs.timed
+    paced = of_a.timed & of_b.timed
+    assert (both & paced).sum() > 0
+    assert found.full is not None
+    assert found.full[0, 1].tolist() == np.where(paced, of_a.decode_ns, 0)[both].tolist()
+    assert found.full[1, 1].tolist() == np.where(paced, of_b.decode_ns, 0)[both].tolist()
+    assert found.full[1, 0].tolist() == np.where(paced, of_b.prefill_ns, 0)[both].tolist()
+    assert found.full[0, 2].tolist() == np.where(paced, of_a.decode_tokens, 0)[both].tolist()
+    everything = np.ones(len(found), bool)
+    times = [column.sum() for column in found.per_token(everything)]
+    assert times[2:4] == [found.full[0, 1].sum(), found.full[0, 2].sum()]
+    assert times[6:] == [found.full[1, 1].sum(), found.full[1, 2].sum()]
+    requests = found.per_request(everything)
+    assert requests[6].sum() == found.full[1, :2].sum()
+    assert requests[7].sum() == (both & paced).sum()
+    assert pairs.paired_batches(db, full_a, full_b, 2).full is None, "full depth has only the clock"
+    assert pairs.paired_batches(db, full_a, a, 2).full is None, "policies of one job were timed in turns"
+
+
 def test_samples_that_a_job_had_are_known_by_their_texts(db: Database) -> None:
     first, larger = finished(db, 1), finished(db, 1, n=17, name="more")
     [run, _] = jobs.runs(db, larger)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tiny_models import random_prompts
 from torch import Tensor
 
-from engine import loops, native, native_attention, native_heads, openmp
+from engine import loops, native, native_attention, native_heads, native_preview, openmp
 from engine.architectures.llama import LlamaStack
 from engine.attention import StepAttention
 from engine.cache import Span
@@ -88,6 +88,24 @@ def test_a_preview_computes_the_likeliest_exactly(count: int, spread: float) -> 
     broken[1, 5] = float("nan")
     with torch.inference_mode():
         assert preview(broken, count).probabilities.isfinite().tolist() == [True, False, True]
+
+
+def test_a_preview_says_the_same_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects that batch N is batch 1, to the last bit: neither threads nor other states change a sum's order."""
+    unembedding, states, axes = _random(7_001, 24), _random(3, 24, seed=1), torch.linalg.qr(_random(24, 9, seed=3)).Q
+    preview = Preview(unembedding, None, {"preview.down": axes.t().contiguous(), "preview.up": axes})
+    found = []
+    with torch.inference_mode():
+        projected = states @ preview.down.t()  # PyTorch's, whose order hangs on the number of rows
+        for threads in (1, 2, 3):
+            monkeypatch.setattr(native_preview, "get_num_threads", lambda threads=threads: threads)
+            for rows in ([0, 1, 2], [0], [1], [2]):
+                one = native_preview.foresee(preview.codes, projected[rows], states[rows], unembedding, None, 50)
+                found.append((rows, one))
+    whole = found[0][1]
+    for rows, one in found:
+        for mine, theirs in zip(one, whole, strict=True):
+            assert mine.equal(theirs[rows])
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])

@@ -132,6 +132,16 @@ def test_speed_is_a_ratio_of_sums() -> None:
     assert log_speed(b, tokens_b, a, tokens_a, axis=-1) == pytest.approx(-forth)
 
 
+def test_a_slow_hour_is_no_slow_policy() -> None:
+    """Protects speeds of two jobs: where all that B's job did took twice as long, nothing changed."""
+    a, b, tokens, full = np.array([10.0, 30.0]), np.array([20.0, 60.0]), np.array([2.0, 3.0]), np.array([20.0, 45.0])
+    of_a, of_b = (a, tokens, full, tokens), (b, tokens, 2 * full, tokens)
+    assert speed_gain(*of_a, *of_b, axis=-1) == pytest.approx(0)
+    slower = (1.25 * b, tokens, 2 * full, tokens)
+    assert speed_gain(*of_a, *slower, axis=-1) == pytest.approx(-0.2)
+    assert log_speed(*slower, *of_a, axis=-1) == pytest.approx(-log_speed(*of_a, *slower, axis=-1))
+
+
 def test_mcnemar_holm_and_what_could_be_found() -> None:
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(9, 1) == pytest.approx(2 * 11 / 1024)  # both tails of ten coins
