@@ -21,8 +21,10 @@ class NoisePair:
     device_class: str
     content_hash: str  #: of the benchmark
     policy: str  #: its label
-    log_token: float  #: logarithm of A's time for a token over B's
+    log_token: float  #: logarithm of A's time for a token over B's, by the clock
     log_request: float  #: the same of prefill and decoding together
+    paced_token: float | None = None  #: the same where each time is a multiple of full depth's in its own job
+    paced_request: float | None = None
 
 
 def keep_pairs(db: Database, pairs: Iterable[NoisePair]) -> None:

@@ -2,12 +2,12 @@
 
 import hashlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import ColumnElement, Connection, and_, func, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, case, func, or_, select
 
 from db.errors import Missing
 from db.records import RunRow
@@ -45,31 +45,55 @@ class PairedBatches:
     decode_b: npt.NDArray[np.int64]
     tokens_a: npt.NDArray[np.int64]  #: written by decode steps
     tokens_b: npt.NDArray[np.int64]
-    #: [2, 3, batches] of either side what full depth of its own job took for the batch: prefill and decode in
-    #: nanoseconds, tokens; 0 where it was not timed under both. None: of two runs of one job, and of full depth itself
-    full: npt.NDArray[np.int64] | None = None
+    #: of either side full depth of its own job: None of two runs that were timed in turns, and of full depth itself
+    full: "FullDepth | None" = None
 
     def __len__(self) -> int:
         return len(self.decode_a)
 
+    @property
+    def by_the_clock(self) -> "PairedBatches":
+        """The same without full depth."""
+        return replace(self, full=None)
+
     def per_token(self, of: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.int64]]:
-        """Decode times and tokens of A, then of B, of some batches: [some] each. Where full depth was timed in both
-        jobs, its own times and tokens stand behind those of either side.
+        """Decode times and tokens of A, then of B, of some batches: [some] each.
+
+        Where full depth was timed in both jobs for all of these, its times and tokens stand behind either side's own.
         """
-        return self._columns([self.decode_a, self.tokens_a], [self.decode_b, self.tokens_b], 1, of)
+        sides = [[self.decode_a, self.tokens_a], [self.decode_b, self.tokens_b]]
+        if self.full is not None:
+            sides = [
+                [*own, *full]
+                for own, full in zip(sides, zip(self.full.decode, self.full.tokens, strict=True), strict=True)
+            ]
+        return self._columns(sides, of)
 
     def per_request(self, of: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.int64]]:
         """The same of prefill and decoding together, by batch."""
         one = np.ones(len(self), np.int64)
-        return self._columns([self.prefill_a + self.decode_a, one], [self.prefill_b + self.decode_b, one], 0, of)
+        sides = [[self.prefill_a + self.decode_a, one], [self.prefill_b + self.decode_b, one]]
+        if self.full is not None:
+            sides = [[*own, full, one] for own, full in zip(sides, self.full.prefill + self.full.decode, strict=True)]
+        return self._columns(sides, of)
 
-    def _columns(self, a: list[Any], b: list[Any], first: int, of: Any) -> list[npt.NDArray[np.int64]]:
-        a, b = ([column[of] for column in side] for side in (a, b))
-        if self.full is None or not (full := self.full[..., of])[:, 2].any(axis=1).all():
-            return [*a, *b]
-        units = full[:, 2] if first else (full[:, 2] > 0).astype(np.int64)
-        times = full[:, first:2].sum(axis=1)
-        return [*a, times[0], units[0], *b, times[1], units[1]]
+    def _columns(self, sides: list[list[Any]], of: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.int64]]:
+        paced = self.full is not None and bool(self.full.timed[of].all()) and self.full.tokens[:, of].sum(axis=1).all()
+        return [column[of] for side in sides for column in (side if paced else side[:2])]
+
+
+@dataclass(frozen=True)
+class FullDepth:
+    """What full depth of either side's job took for the same batches; 0 where it was not timed in both jobs."""
+
+    timed: npt.NDArray[np.bool_]  #: [batches] in both jobs
+    prefill: npt.NDArray[np.int64]  #: [2, batches] nanoseconds, as the next
+    decode: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]  #: [2, batches] written by decode steps
+
+    def of(self, batches: Any) -> "FullDepth":
+        """Of some batches, or of some in another order."""
+        return FullDepth(self.timed[batches], *(one[:, batches] for one in (self.prefill, self.decode, self.tokens)))
 
 
 @dataclass(frozen=True)
@@ -187,10 +211,11 @@ def paired_batches(db: Database, a: RunRow, b: RunRow, batch_size: int) -> Paire
     columns += [table.c[name] for table in (of_a, of_b) for name in _TIMES]
     columns += [of_b.c.full_decode_ns]
     for own, full in ((of_a, full_a), (of_b, full_b)):
-        columns += [full.c.prefill_ns, func.coalesce(own.c.full_decode_ns, full.c.decode_ns), full.c.decode_tokens]
-    paced = a.job_id != b.job_id and {a.policy_kind, b.policy_kind} != {"full"}
+        added = own.c.full_decode_ns.is_not(None)  # to its job later: prefill and full depth are of that hour
+        columns += [case((added, own.c.prefill_ns), else_=full.c.prefill_ns)]
+        columns += [func.coalesce(own.c.full_decode_ns, full.c.decode_ns), full.c.decode_tokens, added]
     with db.read() as connection:
-        full_runs = [_full_run(connection, one) if paced else _NO_RUN for one in (a, b)]
+        full_runs = [_full_run(connection, one) for one in (a, b)]
         chosen = (
             select(*columns)
             .select_from(of_a)
@@ -203,6 +228,7 @@ def paired_batches(db: Database, a: RunRow, b: RunRow, batch_size: int) -> Paire
         )
         rows = connection.execute(chosen.order_by(of_a.c.batch)).all()
     beside = a.job_id == b.job_id and a.policy_kind == "full" and bool(rows) and all(row[8] is not None for row in rows)
+    in_turns = a.job_id == b.job_id and (beside or not any(row[12] or row[16] for row in rows))
     return PairedBatches(
         device_class=_column(rows, 0, object),
         source_group=_column(rows, 1, object),
@@ -212,30 +238,31 @@ def paired_batches(db: Database, a: RunRow, b: RunRow, batch_size: int) -> Paire
         decode_b=_column(rows, 6, np.int64),
         tokens_a=_column(rows, 4, np.int64),
         tokens_b=_column(rows, 7, np.int64),
-        full=_full_columns(rows) if paced else None,
+        full=None if in_turns or {a.policy_kind, b.policy_kind} == {"full"} else _full_depth(rows),
     )
 
 
 _TIMES = ("prefill_ns", "decode_ns", "decode_tokens")
-_NO_RUN = -1
 
 
-def _full_run(connection: Connection, one: RunRow) -> int:
+def _full_run(connection: Connection, one: RunRow) -> int | None:
     """The run of full depth in the same job on the same benchmark."""
     mine = (run.c.job_id == one.job_id, run.c.benchmark_id == one.benchmark_id, run.c.policy_kind == "full")
-    return connection.execute(select(run.c.id).where(*mine).order_by(run.c.id)).scalar() or _NO_RUN
+    return connection.execute(select(run.c.id).where(*mine).order_by(run.c.id)).scalar()
 
 
-def _beside(full: Any, own: Any, full_run: int) -> ColumnElement[bool]:
-    """Full depth's timing of the same batch on the same device class."""
-    same = [full.c[name] == own.c[name] for name in ("batch", "device_class", "rows")]
-    return and_(full.c.run_id == full_run, full.c.timed, *same)
+def _beside(full: Any, own: Any, full_run: int | None) -> ColumnElement[bool]:
+    """Full depth's timing of the same batch: on the same device class, unless its time was taken again beside."""
+    same = and_(full.c.timed, full.c.device_class == own.c.device_class)
+    alike = and_(full.c.batch == own.c.batch, full.c.rows == own.c.rows)
+    return and_(full.c.run_id == full_run, alike, or_(own.c.full_decode_ns.is_not(None), same))
 
 
-def _full_columns(rows: Any) -> npt.NDArray[np.int64]:
-    """[2, 3, batches]; 0 where either side's full depth was not timed."""
-    both = [[0 if None in row[9:15] else value for value in row[9:15]] for row in rows]
-    return np.array(both, np.int64).reshape(-1, 2, 3).transpose(1, 2, 0)
+def _full_depth(rows: Any) -> FullDepth:
+    found = [[*row[9:12], *row[13:16]] for row in rows]
+    timed = np.array([None not in one for one in found], bool)
+    times = np.array([[0] * 6 if None in one else one for one in found], np.int64).reshape(-1, 2, 3)
+    return FullDepth(timed, times[..., 0].T, times[..., 1].T, times[..., 2].T)
 
 
 def _column(rows: Any, place: int, dtype: Any) -> npt.NDArray[Any]:

@@ -388,9 +388,11 @@ noise_pair = Table(
     Column("device_class", Text),
     Column("content_hash", Text, nullable=False),
     Column("policy", Text, nullable=False),
-    # logarithms of A's time over B's: of a token, of a request
+    # logarithms of A's time over B's: of a token, of a request; by the clock, and as multiples of full depth's
     Column("log_token", Double, nullable=False),
     Column("log_request", Double, nullable=False),
+    Column("paced_token", Double),
+    Column("paced_request", Double),
     Column("measured_at", Double, nullable=False),
     PrimaryKeyConstraint("run_a", "run_b", "device_class"),
     Index("ix_noise_pair_content_hash", "content_hash", "policy", "device_class"),

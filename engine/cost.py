@@ -48,7 +48,7 @@ class Work:
     passes: list[tuple[int, int, int, int]] = field(default_factory=list)  #: (layers, tokens, context, cached)
     fills: list[tuple[int, int]] = field(default_factory=list)  #: (layers, tokens)
     heads: list[tuple[int, int]] = field(default_factory=list)  #: (parameters, states)
-    looks: list[tuple[int, int]] = field(default_factory=list)  #: (parameters, states)
+    looks: list[tuple[int, int, int]] = field(default_factory=list)  #: (parameters, bytes read, states)
 
     def run(self, *, layers: int, tokens: int, context: int, cached: int) -> None:
         """Tokens went through layers, looking at `context` positions in all, among `cached` that were read once each.
@@ -65,9 +65,9 @@ class Work:
         """A head or the unembedding was evaluated."""
         self.heads.append((parameters, states))
 
-    def look(self, *, parameters: int, states: int) -> None:
-        """A preview looked at all tokens, by codes of one byte each."""
-        self.looks.append((parameters, states))
+    def look(self, *, parameters: int, bytes_read: int, states: int) -> None:
+        """A preview looked at all tokens."""
+        self.looks.append((parameters, bytes_read, states))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def cost(work: Work, shape: Shape, machine: Machine) -> Cost:
     total, ideal = total + flops.sum(), ideal + _ideal(flops, bytes_read, machine)
     flops, bytes_read = of_head(shape, *_columns(work.heads, 2))
     total, ideal = total + flops.sum(), ideal + _ideal(flops, bytes_read, machine)
-    flops, bytes_read = of_look(*_columns(work.looks, 2))
+    flops, bytes_read = of_look(*_columns(work.looks, 3))
     total, ideal = total + flops.sum(), ideal + _ideal(flops, bytes_read, machine)
     return Cost(int(total), int(ideal))
 
@@ -114,9 +114,9 @@ def of_head(shape: Shape, parameters: np.ndarray, states: np.ndarray) -> Price:
     return 2 * parameters * states, shape.element_size * parameters
 
 
-def of_look(parameters: np.ndarray, states: np.ndarray) -> Price:
+def of_look(parameters: np.ndarray, bytes_read: np.ndarray, states: np.ndarray) -> Price:
     """As `Work.look`."""
-    return 2 * parameters * states, parameters
+    return 2 * parameters * states, bytes_read
 
 
 def _ideal(flops: np.ndarray, bytes_read: np.ndarray, machine: Machine) -> float:

@@ -303,7 +303,8 @@ class Decoding:
             return rows, states
         assert self.heads.preview is not None
         found = self.heads.foresee(states if len(free) == len(rows) else states[free], count)
-        self.work.look(parameters=self.heads.preview.parameters, states=len(free))
+        preview = self.heads.preview
+        self.work.look(parameters=preview.parameters, bytes_read=preview.bytes_read(states), states=len(free))
         for exact in found.exact:
             self.work.head(parameters=exact * self.stack.hidden_size, states=1)
         rest = sorted(set(range(len(rows))) - set(free))

@@ -1,7 +1,7 @@
 """A preview of the vocabulary on the CPU, in one loop: a coarse look at all tokens, then the logits of the likeliest.
 
 Threads share out pieces of the vocabulary, as many pieces whatever the number of threads and of states, so that every
-sum has one order.
+sum here has one order.
 """
 
 from ctypes import c_int64
@@ -221,6 +221,7 @@ def foresee(
     best, exact, places = (empty(*shape, dtype=int64_) for shape in ((tokens,), (tokens,), (tokens, PIECES)))
     probabilities, lowest = empty(tokens), empty(tokens)
     logits, found = empty(tokens, len(weight)), empty(tokens, PIECES, 4)
+    bias = None if bias is None else bias.contiguous()
     nothing = weight if bias is None else bias  # of which no number is read
     given = (c_int64 * 18)(
         tokens,

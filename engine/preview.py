@@ -54,6 +54,11 @@ class Preview:
         """Parameters that one state multiplies with in the look."""
         return self.codes.numel() + self.down.numel()
 
+    def bytes_read(self, states: Tensor) -> int:
+        """Bytes of them: a code is one where the loop reads it, as wide as a state for the products of PyTorch."""
+        width = 1 if native.fits(states) else states.element_size()
+        return width * self.codes.numel() + states.element_size() * self.down.numel()
+
     def looked(self, states: Tensor) -> Tensor:
         """What all logits look like: normed states [states, hidden] to [states, vocabulary], float32."""
         looked = (states @ self.down.t()) @ self._terms

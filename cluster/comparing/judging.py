@@ -7,6 +7,7 @@ from math import ceil
 from cluster.comparing.model import Comparison, Difference, PairComparison
 from cluster.comparing.words import floor
 from cluster.gates import SPEEDS, Gate, Outcome, Rule, RuleVerdict
+from cluster.reports.formats import milliseconds
 from cluster.reports.model import Estimate
 from engine.errors import BadInput
 from engine.registry import unknown
@@ -72,7 +73,8 @@ def _loss_verdict(one: _Applied, gate: Gate, p_value: float) -> RuleVerdict:
         drowned = _drowned(seen, loss, limit, furthest, difference)
         reason = drowned or reason
         would_do = None if drowned else _would_do(seen, limit, furthest, difference.units)
-    sentence = f"{_where(one)}: {_written_loss(one, seen)}; {_amount(one, limit)} is allowed. {reason}"
+    sentence = f"{_where(one)}: {_written_loss(one, seen)}{_paced(difference)}; "
+    sentence += f"{_amount(one, limit)} is allowed. {reason}"
     if would_do is not None:
         sentence += f" About {would_do:,} {_units(difference)} would do."
     return _verdict(one, outcome, sentence, loss, limit, p_value=p_value, would_do=would_do)
@@ -219,6 +221,13 @@ def _written_loss(one: _Applied, loss: Estimate) -> str:
         gain = Estimate(value=-loss.value, low=_negative(loss.high), high=_negative(loss.low))
         return f"a gain of {_amount(one, gain.value or 0.0)}{_between(gain, lambda value: _amount(one, value or 0.0))}"
     return f"a loss of {_amount(one, loss.value)}{_between(loss, lambda value: _amount(one, value or 0.0))}"
+
+
+def _paced(difference: Difference) -> str:
+    """What a speed was held against, beside what the clock says, which may be the opposite."""
+    if not difference.paced:
+        return ""
+    return f" against full depth of its own job ({milliseconds(difference.a)} → {milliseconds(difference.b)})"
 
 
 def _amount(one: _Applied, value: float) -> str:

@@ -28,7 +28,7 @@ class Floor(Part):
 class Difference(Part):
     """One metric under A and under B, over what both have."""
 
-    metric: str  #: a metric, `errors`, or `speedup_token`, `speedup_request`: A's time over B's
+    metric: str  #: a metric, `errors`, or `speedup_token`, `speedup_request`
     kind: Kind
     version: str | None = None  #: of the metric's implementation
     more_is_better: bool = True

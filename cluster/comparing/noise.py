@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from cluster.comparing.model import Floor
+from cluster.gates import SPEEDS
 from db.noise import NoisePair, keep_pairs, pairs_of, unpaired_runs
 from db.pairs import PairedBatches, paired_batches
 from db.records import RunRow
@@ -43,16 +44,22 @@ class Floors:
     def __init__(self, pairs: list[NoisePair], a: RunRow, b: RunRow) -> None:
         self._pairs = [pair for pair in pairs if {pair.run_a, pair.run_b} != {a.id, b.id}]
 
-    def of(self, metric: str, device_class: str) -> Floor:
-        mine = [pair for pair in self._pairs if pair.device_class == device_class]
-        ratios = [pair.log_request if metric == "speedup_request" else pair.log_token for pair in mine]
-        return Floor(pairs=len(ratios), share=noise_floor(ratios))
+    def of(self, metric: str, device_class: str, paced: bool) -> Floor:
+        """paced: of speeds that are held against full depth of each job."""
+        name = ("paced" if paced else "log") + metric.removeprefix("speedup")
+        ratios = [getattr(pair, name) for pair in self._pairs if pair.device_class == device_class]
+        known = [ratio for ratio in ratios if ratio is not None]
+        return Floor(pairs=len(known), share=noise_floor(known))
 
 
 def floors(db: Database, content_hash: str, a: RunRow, b: RunRow) -> Floors:
-    """What is known for B's policy on this benchmark; runs that nobody has paired yet are paired first."""
-    pair_runs(db, content_hash, b.policy)
-    return Floors(pairs_of(db, content_hash, b.policy), a, b)
+    """What is known on this benchmark for B's policy, or for A's where B is full depth, of which only the clock's are.
+
+    Runs that nobody has paired yet are paired first.
+    """
+    policy = b.policy if b.policy_kind != "full" else a.policy
+    pair_runs(db, content_hash, policy)
+    return Floors(pairs_of(db, content_hash, policy), a, b)
 
 
 def pair_runs(db: Database, content_hash: str, policy: str) -> int:
@@ -75,31 +82,23 @@ def pair_runs(db: Database, content_hash: str, policy: str) -> int:
 def _classes(batches: PairedBatches) -> list[str]:
     """Those with enough of both runs to have a speed."""
     names = sorted(set(batches.device_class.tolist()))
-    return [name for name in names if min(sums.min() for sums in _sums(batches, name)) > 0]
+    return [name for name in names if all(_total(batches.by_the_clock, name, metric).all() for metric in SPEEDS)]
 
 
 def _pair(a: RunRow, b: RunRow, content_hash: str, device_class: str, batches: PairedBatches) -> NoisePair:
-    per_token, per_request = _sums(batches, device_class)
-    return NoisePair(
-        run_a=a.id,
-        run_b=b.id,
-        device_class=device_class,
-        content_hash=content_hash,
-        policy=b.policy,
-        log_token=float(log_speed(*per_token, axis=-1)),
-        log_request=float(log_speed(*per_request, axis=-1)),
-    )
+    clock = [_total(batches.by_the_clock, device_class, metric) for metric in SPEEDS]
+    paced = [_total(batches, device_class, metric) for metric in SPEEDS]
+    logs = [float(log_speed(*sums, axis=-1)) for sums in clock]
+    multiples = [float(log_speed(*sums, axis=-1)) if len(sums) > 4 and sums.all() else None for sums in paced]
+    return NoisePair(a.id, b.id, device_class, content_hash, b.policy, *logs, *multiples)
 
 
-def _sums(batches: PairedBatches, device_class: str) -> list[Any]:
-    """Of either speed the sums of its columns, [columns, 1]."""
-    mine = batches.device_class == device_class
-    return [
-        np.array([[column.sum(dtype=np.float64)] for column in speed_columns(name, batches, mine)])
-        for name in ("speedup_token", "speedup_request")
-    ]
+def _total(batches: PairedBatches, device_class: str, metric: str) -> Any:
+    """The columns of a speed, summed: [columns, 1]."""
+    columns = speed_columns(metric, batches, batches.device_class == device_class)
+    return np.array([[column.sum(dtype=np.float64)] for column in columns])
 
 
-def speed_columns(name: str, batches: PairedBatches, mine: Any) -> list[Any]:
+def speed_columns(metric: str, batches: PairedBatches, of: Any) -> list[Any]:
     """What `speed_gain` takes, of some batches."""
-    return batches.per_token(mine) if name == "speedup_token" else batches.per_request(mine)
+    return batches.per_token(of) if metric == "speedup_token" else batches.per_request(of)

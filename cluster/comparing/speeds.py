@@ -9,6 +9,7 @@ from typing import Any
 from cluster.comparing.model import Difference, Floor
 from cluster.comparing.noise import floors, speed_columns
 from cluster.comparing.wanted import Wanted, as_estimate
+from cluster.gates import SPEEDS
 from db.pairs import PairedBatches, paired_batches
 from db.records import RunRow
 from db.session import Database
@@ -29,7 +30,7 @@ def speeds(
     notes: list[str],
 ) -> list[Difference]:
     """Of both speeds a difference a device class; `notes` gets a sentence where there is none."""
-    names = [name for name in ("speedup_token", "speedup_request") if wanted.has(name)]
+    names = [name for name in SPEEDS if wanted.has(name)]
     if not names or wanted.without is not None:
         return []
     if pinned_a["batch_size"] != pinned_b["batch_size"]:
@@ -42,12 +43,13 @@ def speeds(
     if not len(batches):
         notes.append("Speed is left out: there is no batch that both timed on the same device class.")
         return []
-    known = None if a.job_id == b.job_id else floors(db, content_hash, a, b)
+    in_turns = a.job_id == b.job_id and batches.full is None
+    known = None if in_turns else floors(db, content_hash, a, b)
     found = []
     for device_class in sorted(set(batches.device_class.tolist())):
         for name in names:
             speed = speed_of(name, device_class, batches, wanted)
-            floor = _IN_TURNS if known is None else known.of(name, device_class)
+            floor = _IN_TURNS if known is None else known.of(name, device_class, speed.paced)
             found.append(speed.model_copy(update={"floor": floor}))
     return found
 

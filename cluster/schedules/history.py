@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.gates import SPEEDS
 from cluster.reports.formats import score, times
 from db.schedules import FiringRow
 
 #: of a hash; more of it tells nobody more
 _HASH = 12
-_SPEEDS = ("speedup_token", "speedup_request")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def figures(one: FiringRow) -> list[str]:
 
 def written(metric: str, value: float | None) -> str:
     """A figure as reports write it."""
-    return times(value) if metric in _SPEEDS else score(value)
+    return times(value) if metric in SPEEDS else score(value)
 
 
 def series(firings: list[FiringRow]) -> list[Series]:

@@ -33,7 +33,7 @@ from cluster.spec import parse_job
 from cluster.unchanged import done_before
 from db.jobs import benchmark as benchmark_of
 from db.jobs import runs as runs_of
-from db.pairs import PairedBatches, paired_batches, paired_outcomes, scores_of
+from db.pairs import FullDepth, PairedBatches, paired_batches, paired_outcomes, scores_of
 from db.session import Database, open_database
 from tests.bench import postgresql
 from tests.bench.big_pairs import compared_in_a_process
@@ -232,7 +232,7 @@ def same_again(db: Database, pool: ProcessPoolExecutor) -> Iterator[Row]:
         for one, other in zip(runs_of(db, a), runs_of(db, b), strict=True):
             batches = paired_batches(db, one, other, TIMED["generation"]["batch_size"])  # type: ignore[index]
             known = floors(db, benchmark_of(db, one.benchmark_id).content_hash, one, other)
-            floor = known.of("speedup_token", str(batches.device_class[0]))
+            floor = known.of("speedup_token", str(batches.device_class[0]), paced=batches.full is not None)
             slow += is_found(batches, floor)
             spreads.append(100 * (floor.share or 0.0))
             timed += [batches] if batches.full is not None else []
@@ -255,7 +255,7 @@ def spread(timed: list[PairedBatches]) -> Iterator[Row]:
     """By how much pairs of one spec differ, and what of it goes away with more batches."""
     mine = [np.ones(len(one), bool) for one in timed]
     clock = [
-        log_speed(*(c[None] for c in replace(one, full=None).per_token(of)), axis=-1)
+        log_speed(*(c[None] for c in one.by_the_clock.per_token(of)), axis=-1)
         for one, of in zip(timed, mine, strict=True)
     ]
     paced = [log_speed(*(c[None] for c in one.per_token(of)), axis=-1) for one, of in zip(timed, mine, strict=True)]
@@ -275,7 +275,11 @@ def put_together(timed: list[PairedBatches]) -> PairedBatches:
     """All batches of all pairs, each in a source group of its own."""
     names = [name for name in PairedBatches.__dataclass_fields__ if name != "full"]
     columns = {name: np.concatenate([getattr(one, name) for one in timed]) for name in names}
-    full = np.concatenate([one.full for one in timed if one.full is not None], axis=-1)
+    known = [one.full for one in timed if one.full is not None]
+    full = FullDepth(
+        np.concatenate([one.timed for one in known]),
+        *(np.hstack([getattr(one, name) for one in known]) for name in ("prefill", "decode", "tokens")),
+    )
     return PairedBatches(**columns, full=full)
 
 
@@ -291,11 +295,11 @@ def slow_draw(whole: PairedBatches, factor: float, seed: int) -> bool:
         at, swapped = rng.integers(0, len(whole), 250), rng.random(250) < 0.5
         a, b = np.where(swapped, "b", "a"), np.where(swapped, "a", "b")
         assert whole.full is not None
-        side = swapped.astype(int)
+        side, times = swapped.astype(int), (whole.full.prefill, whole.full.decode, whole.full.tokens)
         return PairedBatches(
             device_class=whole.device_class[at],
             source_group=np.array([str(place) for place in range(250)], object),
-            full=np.stack([whole.full[side, :, at].T, whole.full[1 - side, :, at].T]),
+            full=FullDepth(whole.full.timed[at], *(np.stack([one[side, at], one[1 - side, at]]) for one in times)),
             **{
                 f"{name}_{to}": np.where(of == "a", getattr(whole, f"{name}_a")[at], getattr(whole, f"{name}_b")[at])
                 for name in ("prefill", "decode", "tokens")

@@ -11,6 +11,7 @@ from db.errors import Missing
 from db.noise import NoisePair
 from db.records import ShardResults, TokenArrays
 from db.session import Database
+from db.tables import timing
 
 N = 11
 
@@ -105,20 +106,43 @@ def test_full_depth_stands_beside_what_both_timed(db: Database) -> None:
     both = ours.timed & theirs.timed
     paced = of_a.timed & of_b.timed
     assert (both & paced).sum() > 0
-    assert found.full is not None
-    assert found.full[0, 1].tolist() == np.where(paced, of_a.decode_ns, 0)[both].tolist()
-    assert found.full[1, 1].tolist() == np.where(paced, of_b.decode_ns, 0)[both].tolist()
-    assert found.full[1, 0].tolist() == np.where(paced, of_b.prefill_ns, 0)[both].tolist()
-    assert found.full[0, 2].tolist() == np.where(paced, of_a.decode_tokens, 0)[both].tolist()
-    everything = np.ones(len(found), bool)
-    times = [column.sum() for column in found.per_token(everything)]
-    assert times[2:4] == [found.full[0, 1].sum(), found.full[0, 2].sum()]
-    assert times[6:] == [found.full[1, 1].sum(), found.full[1, 2].sum()]
-    requests = found.per_request(everything)
-    assert requests[6].sum() == found.full[1, :2].sum()
-    assert requests[7].sum() == (both & paced).sum()
+    full = found.full
+    assert full is not None
+    assert full.timed.tolist() == paced[both].tolist()
+    assert full.decode[0].tolist() == np.where(paced, of_a.decode_ns, 0)[both].tolist()
+    assert full.decode[1].tolist() == np.where(paced, of_b.decode_ns, 0)[both].tolist()
+    assert full.prefill[1].tolist() == np.where(paced, of_b.prefill_ns, 0)[both].tolist()
+    assert full.tokens[0].tolist() == np.where(paced, of_a.decode_tokens, 0)[both].tolist()
+    columns = found.per_token(full.timed)
+    assert columns[2].tolist() == full.decode[0, full.timed].tolist()
+    assert columns[3].tolist() == full.tokens[0, full.timed].tolist()
+    assert columns[6].tolist() == full.decode[1, full.timed].tolist()
+    requests = found.per_request(full.timed)
+    assert requests[6].tolist() == (full.prefill + full.decode)[1, full.timed].tolist()
+    assert requests[7].tolist() == [1] * full.timed.sum()
+    if not full.timed.all():
+        assert len(found.per_token(np.ones(len(found), bool))) == 4, "some batches alone tell nothing of all"
     assert pairs.paired_batches(db, full_a, full_b, 2).full is None, "full depth has only the clock"
     assert pairs.paired_batches(db, full_a, a, 2).full is None, "policies of one job were timed in turns"
+
+
+def test_what_was_added_later_is_held_against_its_own_hour(db: Database) -> None:
+    """Protects a run that was added to its job: full depth was timed again beside it, on whatever machine that was."""
+    first, second = (finished(db, seed) for seed in (1, 2))
+    a, b = jobs.runs(db, first)[1], jobs.runs(db, second)[1]
+    with db.write() as connection:
+        later = timing.update().where(timing.c.run_id == b.id)
+        connection.execute(later.values(full_decode_ns=7, prefill_ns=5, device_class="cpu-test"))
+        of_full = timing.update().where(timing.c.run_id == jobs.runs(db, second)[0].id)
+        connection.execute(of_full.values(device_class="cpu-other"))
+    full = pairs.paired_batches(db, a, b, 2).full
+    assert full is not None
+    assert full.timed.any()
+    assert set(full.decode[1, full.timed].tolist()) == {7}
+    assert set(full.prefill[1, full.timed].tolist()) == {5}
+    other = pairs.paired_batches(db, jobs.runs(db, second)[0], b, 2)
+    assert other.full is None
+    assert len(other) == 0, "the clock of another device class"
 
 
 def test_samples_that_a_job_had_are_known_by_their_texts(db: Database) -> None:
@@ -134,7 +158,7 @@ def test_pairs_of_one_spec_are_kept_once(db: Database) -> None:
     waiting = noise.unpaired_runs(db, content, "full", newest=10)
     assert [run.id for run, _ in waiting] == [a.id, b.id, c.id]
     assert waiting[0][1]["batch_size"] == 2
-    pair = NoisePair(a.id, b.id, "cpu-test", content, "full", 0.25, -0.5)
+    pair = NoisePair(a.id, b.id, "cpu-test", content, "full", 0.25, -0.5, 0.125, None)
     noise.keep_pairs(db, [pair])
     noise.keep_pairs(db, [replace(pair, log_token=9.0)])
     assert noise.pairs_of(db, content, "full") == [pair]
