@@ -155,9 +155,9 @@ def detectable(error: float | None, *, alpha: float = 0.05, power: float = 0.8) 
 def noise_floor(log_ratios: Sequence[float], confidence: float = 0.99) -> float | None:
     """The slowdown below which a change of speed is no news, as a share: of pairs with the same spec so many lie below.
 
-    log_ratios: of pairs with the same spec, as `log_speed` has them. Which of the two is A is arbitrary, so their mean is
-    known to be 0, and with their root mean square they follow Student's t. Never below the largest that was seen, and
-    wide where there are few. None without a pair.
+    log_ratios: of pairs with the same spec, as `log_speed` has them. Which of the two is A is arbitrary, so their mean
+    is known to be 0, and with their root mean square they follow Student's t. Never below the largest that was seen,
+    and wide where there are few. None without a pair.
     """
     if not log_ratios:
         return None
