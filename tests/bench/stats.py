@@ -243,6 +243,8 @@ def same_again(db: Database, pool: ProcessPoolExecutor) -> Iterator[Row]:
     yield Row("noise floor of a speed, median", float(value), float(low), float(high), "%")
     yield share(f"true slowdown of 5 %, {TIMED['benchmarks'][0]['samples']} samples: gate fails", slow, n)  # type: ignore[index]
     yield from spread(timed)
+    for k in (2, 5):
+        yield from differ([put_together(one) for one in in_a_row(db, ids, k)], f", {k} jobs in a row as one")
     draws = max(1, DRAWS // 20)
     whole = put_together(timed)
     found = list(pool.map(partial(slow_draw, whole, 1.05), range(draws), chunksize=4))
@@ -252,23 +254,41 @@ def same_again(db: Database, pool: ProcessPoolExecutor) -> Iterator[Row]:
 
 
 def spread(timed: list[PairedBatches]) -> Iterator[Row]:
-    """By how much pairs of one spec differ, and what of it goes away with more batches."""
-    mine = [np.ones(len(one), bool) for one in timed]
-    clock = [
-        log_speed(*(c[None] for c in one.by_the_clock.per_token(of)), axis=-1)
-        for one, of in zip(timed, mine, strict=True)
+    """By how much pairs of one spec differ, and how much of it single batches explain, which more of them take away."""
+    yield from differ(timed)
+    everything = [np.ones(len(one), bool) for one in timed]
+    alone = [
+        log_speed(*(column[:, None] for column in one.per_token(of)), axis=-1)
+        for one, of in zip(timed, everything, strict=True)
     ]
-    paced = [log_speed(*(c[None] for c in one.per_token(of)), axis=-1) for one, of in zip(timed, mine, strict=True)]
-    alone = [log_speed(*(c[:, None] for c in one.per_token(of)), axis=-1) for one, of in zip(timed, mine, strict=True)]
-    parts = [one.std(ddof=1) / math.sqrt(len(one)) for one in alone]
-    for name, values in (
-        ("root mean square of pairs, by the clock", np.concatenate(clock)),
-        ("root mean square of pairs, against full depth", np.concatenate(paced)),
-        ("as far as single batches explain it", np.array(parts)),
+    explained = np.array([one.std(ddof=1) / math.sqrt(len(one)) for one in alone])
+    yield root_mean_square("as far as single batches explain it", explained)
+
+
+def differ(timed: list[PairedBatches], what: str = "") -> Iterator[Row]:
+    """By the clock and against full depth."""
+    for name, columns in (
+        ("by the clock", [one.by_the_clock.per_token(np.ones(len(one), bool)) for one in timed]),
+        ("against full depth", [one.per_token(np.ones(len(one), bool)) for one in timed]),
     ):
-        drawn = np.random.default_rng(0).choice(values, (2_000, len(values)))
-        low, high = np.percentile(np.sqrt((drawn**2).mean(1)), [2.5, 97.5])
-        yield Row(name, float(100 * np.sqrt((values**2).mean())), float(100 * low), float(100 * high), "%")
+        values = np.array([log_speed(*one, axis=-1) for one in columns])
+        yield root_mean_square(f"root mean square of {len(timed)} pairs{what}, {name}", values)
+
+
+def root_mean_square(name: str, values: Numbers) -> Row:
+    """In percent, with its bootstrap interval."""
+    drawn = np.random.default_rng(0).choice(values, (2_000, len(values)))
+    low, high = np.percentile(np.sqrt((drawn**2).mean(1)), [2.5, 97.5])
+    return Row(name, *(100 * float(one) for one in (np.sqrt((values**2).mean()), low, high)), "%")
+
+
+def in_a_row(db: Database, ids: list[int], k: int) -> Iterator[list[PairedBatches]]:
+    """Each policy's batches of k jobs in a row beside those of the next k: one pair of jobs of k times the samples."""
+    for first in range(0, len(ids) - 2 * k + 1, 2 * k):
+        runs = [(runs_of(db, ids[at]), runs_of(db, ids[at + k])) for at in range(first, first + k)]
+        for place in range(1, len(TIMED["policies"])):  # type: ignore[arg-type]
+            size = TIMED["generation"]["batch_size"]  # type: ignore[index]
+            yield [paired_batches(db, a[place], b[place], size) for a, b in runs]
 
 
 def put_together(timed: list[PairedBatches]) -> PairedBatches:
