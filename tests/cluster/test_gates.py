@@ -152,6 +152,14 @@ def test_no_alarm_of_speed_lies_within_the_noise(gain: float, floor: Floor | Non
     assert said({"metric": "speedup_token", "max_loss": 0}, speed(gain, 0.005, floor)).outcome is outcome
 
 
+def test_a_speed_against_full_depth_says_what_the_clock_says() -> None:
+    """Protects the reader of a loss where milliseconds fell: full depth became faster, and the policy did not."""
+    one = speed(-0.1, 0.005, Floor(pairs=20, share=0.01)).model_copy(update={"paced": True, "a": 20.07, "b": 17.75})
+    verdict = said({"metric": "speedup_token", "max_loss": 0}, one)
+    assert verdict.outcome is Outcome.FAIL
+    assert "against full depth of its own job (20.1 ms → 17.8 ms)" in verdict.sentence
+
+
 def test_more_batches_do_not_help_against_noise() -> None:
     verdict = said({"metric": "speedup_token", "max_loss": 0}, speed(-0.02, 0.005, Floor(pairs=20, share=0.03)))
     assert "Two runs of one spec differ by up to 3.0% (20 pairs). Run the same spec more often" in verdict.sentence
