@@ -51,5 +51,5 @@ def test_the_pictures_are_drawn(studied: Study, tmp_path: Path) -> None:
         for scheme, width in [("dark", 1280), ("light", 390)]:
             browser.prefer(scheme)
             browser.resize(width, 900)
-            assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), width
+            browser.wait_for("document.documentElement.scrollWidth <= innerWidth")  # charts follow, a moment later
             assert serious_findings(browser) == []
