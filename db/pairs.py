@@ -17,6 +17,7 @@ from db.token_columns import ids_from, ids_selection
 
 #: rows that are fetched at once
 _IN_PIECES = {"yield_per": 5_000}
+_TIMES = ("prefill_ns", "decode_ns", "decode_tokens")
 
 
 class PairedOutcome(NamedTuple):
@@ -63,10 +64,7 @@ class PairedBatches:
         """
         sides = [[self.decode_a, self.tokens_a], [self.decode_b, self.tokens_b]]
         if self.full is not None:
-            sides = [
-                [*own, *full]
-                for own, full in zip(sides, zip(self.full.decode, self.full.tokens, strict=True), strict=True)
-            ]
+            sides = [[*own, self.full.decode[side], self.full.tokens[side]] for side, own in enumerate(sides)]
         return self._columns(sides, of)
 
     def per_request(self, of: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.int64]]:
@@ -90,10 +88,6 @@ class FullDepth:
     prefill: npt.NDArray[np.int64]  #: [2, batches] nanoseconds, as the next
     decode: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int64]  #: [2, batches] written by decode steps
-
-    def of(self, batches: Any) -> "FullDepth":
-        """Of some batches, or of some in another order."""
-        return FullDepth(self.timed[batches], *(one[:, batches] for one in (self.prefill, self.decode, self.tokens)))
 
 
 @dataclass(frozen=True)
@@ -240,9 +234,6 @@ def paired_batches(db: Database, a: RunRow, b: RunRow, batch_size: int) -> Paire
         tokens_b=_column(rows, 7, np.int64),
         full=None if in_turns or {a.policy_kind, b.policy_kind} == {"full"} else _full_depth(rows),
     )
-
-
-_TIMES = ("prefill_ns", "decode_ns", "decode_tokens")
 
 
 def _full_run(connection: Connection, one: RunRow) -> int | None:

@@ -120,10 +120,28 @@ def test_full_depth_stands_beside_what_both_timed(db: Database) -> None:
     requests = found.per_request(full.timed)
     assert requests[6].tolist() == (full.prefill + full.decode)[1, full.timed].tolist()
     assert requests[7].tolist() == [1] * full.timed.sum()
-    if not full.timed.all():
-        assert len(found.per_token(np.ones(len(found), bool))) == 4, "some batches alone tell nothing of all"
     assert pairs.paired_batches(db, full_a, full_b, 2).full is None, "full depth has only the clock"
     assert pairs.paired_batches(db, full_a, a, 2).full is None, "policies of one job were timed in turns"
+
+
+def test_some_batches_of_full_depth_tell_nothing_of_all(db: Database) -> None:
+    """Protects a comparison where full depth was timed for some: their pace is not that of the others."""
+    first, second = (finished(db, seed) for seed in (1, 2))
+    (full_a, a), (full_b, b) = jobs.runs(db, first), jobs.runs(db, second)
+    everything = np.ones(len(pairs.paired_batches(db, a, b, 2)), bool)
+    with db.write() as connection:
+        of_full = timing.update().where(timing.c.run_id.in_([full_a.id, full_b.id]))
+        connection.execute(of_full.values(timed=True))
+    assert len(pairs.paired_batches(db, a, b, 2).per_token(everything)) == 8
+    both = results.run_data(db, a.id).timed & results.run_data(db, b.id).timed
+    with db.write() as connection:
+        one = timing.update().where(timing.c.run_id == full_b.id, timing.c.batch == int(np.flatnonzero(both)[0]))
+        connection.execute(one.values(timed=False))
+    found = pairs.paired_batches(db, a, b, 2)
+    assert found.full is not None
+    assert (~found.full.timed).sum() == 1
+    assert len(found.per_token(everything)) == len(found.per_request(everything)) == 4
+    assert len(found.per_token(found.full.timed)) == 8
 
 
 def test_what_was_added_later_is_held_against_its_own_hour(db: Database) -> None:

@@ -117,6 +117,22 @@ def test_a_preview_has_the_price_of_a_look_and_of_what_is_exact(tiny_engine: Cal
     assert whole.flops - foreseen.flops == UNEMBEDDING * steps - 2 * (RANK * VOCABULARY + (RANK + 3) * HIDDEN) * steps
 
 
+def test_a_look_is_read_as_narrow_as_it_lies(tiny_engine: Callable[..., Engine]) -> None:
+    """Protects the ideal time behind the last layer: codes of a byte where a loop reads them."""
+    shape = Shape(n_layers=1, n_heads=1, n_kv_heads=1, head_size=1, hidden_size=1, layer_parameters=1, element_size=4)
+    work = Work()
+    work.look(parameters=1_000, bytes_read=1_200, states=3)
+    found = cost(work, shape, Machine(bandwidth=1e9, peak=1e15))
+    assert (found.flops, found.ideal_ns) == (6_000, 1_200)
+    preview = tiny_engine("llama", head="tied", shortlist=100).heads.preview
+    assert preview is not None
+    states = torch.zeros(1, HIDDEN)
+    codes, down = preview.codes.numel(), preview.down.numel()
+    with torch.inference_mode():
+        assert preview.bytes_read(states) == codes + 4 * down
+    assert preview.bytes_read(states) == 4 * (codes + down), "gradients are on: PyTorch's way"
+
+
 @pytest.mark.parametrize(
     "spec",
     [
