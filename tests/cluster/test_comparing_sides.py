@@ -19,15 +19,18 @@ from cluster.cli import app
 from cluster.comparing.build import compare
 from cluster.comparing.confirming import again, confirm, settle
 from cluster.comparing.model import Comparison
+from cluster.comparing.noise import Floors
 from cluster.comparing.sides import parse_side
 from cluster.gates import Outcome, Verdict, parse_gate
 from cluster.local import Local
 from cluster.service import Service
 from cluster.settings import load_settings
 from db import jobs, noise
+from db.noise import NoisePair
 from db.records import JobState
 from db.session import Database, open_database
 from db.tables import job as job_table
+from workers.differences import noise_floor
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,28 @@ def test_pairs_of_the_same_spec_make_the_noise_floor(scene: Compared) -> None:
     assert 1 - speed.floor.share <= 2.718 ** -abs(pair.log_token) * 1.001
     assert not speed.paced, "full depth has only the clock"
     assert found.pairs[1].difference("speedup_token")[0].paced
+    against_full = compared(scene, f"{scene.again}:confidence", f"{scene.worse}:full", metrics=["speedup_token"])
+    [speed] = against_full.pairs[0].differences
+    assert speed.paced
+    assert speed.floor is not None
+    assert speed.floor.pairs == 1, "of the policy: full depth has no pairs of this kind"
+
+
+def test_floors_of_the_clock_and_of_full_depth_are_kept_apart(scene: Compared) -> None:
+    """Protects an alarm from a floor of another kind, and a pair that only has the clock from counting as one."""
+    database = open_database(scene.url)
+    a, b = jobs.runs(database, scene.good)[1], jobs.runs(database, scene.worse)[1]
+    database.close()
+    pairs = [
+        NoisePair(901, 902, "cpu", "hash", "confidence", 0.2, 0.3, 0.02, 0.03),
+        NoisePair(903, 904, "cpu", "hash", "confidence", 0.2, 0.3),
+    ]
+    known = Floors(pairs, a, b)
+    clock, paced = (known.of("speedup_token", "cpu", paced=kind) for kind in (False, True))
+    assert (clock.pairs, paced.pairs) == (2, 1)
+    assert clock.share == noise_floor([0.2, 0.2])
+    assert paced.share == noise_floor([0.02])
+    assert known.of("speedup_request", "cpu", paced=True).share == noise_floor([0.03])
 
 
 @pytest.mark.parametrize(
