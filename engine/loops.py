@@ -1,7 +1,9 @@
 """How loops are compiled for this processor, by numba, and where they are kept."""
 
 import os
-from contextlib import suppress
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,6 +13,7 @@ import llvmlite.binding as llvm
 import numba as nb
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 from numba import float32, int64
 
 from engine import openmp
@@ -19,23 +22,66 @@ from engine.loading import cache_folder
 Floats = npt.NDArray[np.float32]
 
 
-def _can_be_kept() -> bool:
-    """Whether there is a folder for what was compiled.
+#: set in the process that compiles for all others: the folder that it fills
+_FILLED = "_SHORTSTOP_LOOPS"
 
-    One for each processor, and for each text of these files, since numba looks at the file of a loop and not at those
-    that it calls.
+
+def _state() -> str:
+    """What compiled loops hang on: the texts of these files, since numba looks at the file of a loop and not at those
+    that it calls, and all that numba itself asks about.
     """
-    texts = [Path(__file__), *sorted(Path(__file__).parent.glob("native*.py")), Path(openmp.__file__)]
-    version = crc32(b"".join(text.read_bytes() for text in texts))
+    texts = [Path(__file__), *_natives(), Path(openmp.__file__)]
+    seen = [(str(text), text.stat().st_mtime_ns, text.read_bytes()) for text in texts]
+    processor = (llvm.get_host_cpu_features().flatten(), nb.config.CPU_NAME, nb.config.CPU_FEATURES)
+    return f"{llvm.get_host_cpu_name()}-{crc32(repr((nb.__version__, processor, seen)).encode()):08x}"
+
+
+def _natives() -> list[Path]:
+    return sorted(Path(__file__).parent.glob("native*.py"))
+
+
+def _folder() -> Path | None:
+    """Where all loops lie compiled; None where there is no such place.
+
+    One process compiles them all, in one order, and the others wait: LLVM adds in another order where it meets a loop
+    that it calls in the form in which it was kept, so what several processes compile together, each reading what the
+    others have by then, differs in the last bits from one machine to the next.
+    """
+    if _FILLED in os.environ:
+        return Path(os.environ[_FILLED])
     chosen = nb.config.CACHE_DIR  # NUMBA_CACHE_DIR
-    folder = (Path(chosen) if chosen else cache_folder() / "numba") / f"{llvm.get_host_cpu_name()}-{version:08x}"
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    nb.config.CACHE_DIR = str(folder) if os.access(folder, os.W_OK) else ""
-    return bool(nb.config.CACHE_DIR)
+    try:
+        folder = (Path(chosen) if chosen else cache_folder() / "numba") / _state()
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                if not folder.is_dir():
+                    _fill(folder)
+    except (OSError, subprocess.CalledProcessError):  # this process compiles them, for itself
+        return None
+    return folder if os.access(folder, os.W_OK) else None  # numba does not read where it may not write
 
 
-KEPT = _can_be_kept()
+def _fill(folder: Path) -> None:
+    """Raises `OSError` or `CalledProcessError` where not all could be kept."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        made = Path(beside) / folder.name
+        made.mkdir()
+        names = [f"engine.{text.stem}" for text in _natives()]
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); import {', '.join(names)}"
+        environment = os.environ | {_FILLED: str(made), "PYTHONHASHSEED": "0"}
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        made.rename(folder)
+
+
+KEPT = _folder()
+nb.config.CACHE_DIR = str(KEPT or "")
 
 #: sums in any order and fused multiply-add; infinities and NaN stay what they are
 FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -54,8 +100,11 @@ def kept(compiler: Any, *signature: Any, **options: Any) -> Any:
 
     def compile(function: Any) -> Any:
         if KEPT:
-            with suppress(OSError, EOFError, UnpicklingError):
+            try:
                 return compiler(*signature, cache=True, **options)(function)
+            except (OSError, EOFError, UnpicklingError):
+                if _FILLED in os.environ:
+                    raise
         return compiler(*signature, **options)(function)
 
     return compile

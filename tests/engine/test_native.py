@@ -275,24 +275,50 @@ def test_a_class_of_its_own_runs_its_own_layers(tiny_folder: Callable[[str], Pat
     assert Other(load_model(facts)).together is None
 
 
-@pytest.mark.parametrize("cache", ["", "/proc/nowhere"])
-def test_loops_where_threads_are_of_another_kind_and_there_is_no_folder(cache: str, tmp_path: Path) -> None:
-    """Protects machines where PyTorch has no OpenMP, and those where nothing can be written: loops run alone."""
-    code = """
+_LOOPS_ALONE = """
+import resource, sys
 from pathlib import Path
 read = Path.read_text
 Path.read_text = lambda path, **how: "" if str(path) == "/proc/self/maps" else read(path, **how)
 import torch
-from engine import native, openmp
+if "full" in sys.argv:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+from engine import loops, native, openmp
 torch.set_num_threads(2)
 print(openmp.available(), native.Product(torch.ones(3, 4))(torch.ones(2, 4)).sum().item())
+print(loops.KEPT is not None, sum(native.some_outputs.stats.cache_misses.values()))
 """
-    place = {"SHORTSTOP_CACHE": cache or str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | place, capture_output=True, text=True, check=True
+
+
+def _alone(cache: Path | str, *how: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _LOOPS_ALONE, *how],
+        env=os.environ | {"SHORTSTOP_CACHE": str(cache)},
+        text=True,
+        stdout=subprocess.PIPE,
     )
-    assert done.stdout.split() == ["False", "24.0"]
-    assert any(tmp_path.glob("numba/*/*")) == (not cache)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_loops_where_threads_are_of_another_kind_and_there_is_no_folder(full: bool, tmp_path: Path) -> None:
+    """Protects machines where PyTorch has no OpenMP, and those where nothing can be written: loops run alone."""
+    with _alone(tmp_path, "full") if full else _alone("/proc/nowhere") as process:
+        said, _ = process.communicate()
+    assert said.split() == ["False", "24.0", "False", "1"]
+    assert list(tmp_path.glob("numba/*/*")) == []
+
+
+def test_loops_are_compiled_by_one_process_for_all(tmp_path: Path) -> None:
+    """Protects numbers from hanging on who came first: LLVM adds in another order where a loop that is called was kept
+    already, so that what two processes compile together differs from what one does.
+    """
+    with _alone(tmp_path) as one, _alone(tmp_path) as another:
+        said = [process.communicate()[0] for process in (one, another)]
+    assert [text.split() for text in said] == [["False", "24.0", "True", "0"]] * 2, "nothing was left to compile"
+    [folder] = [made for made in (tmp_path / "numba").iterdir() if made.is_dir()]
+    kept = {file.name.split("-")[0] for file in folder.glob("*/*.nbi")}
+    assert {"native.some_outputs", "native_layers._run_layers", "native_preview._some_of_a_preview"} <= kept
+    assert len(list(folder.glob("*/*.nbi"))) == len(list(folder.glob("*/*.nbc"))), "none twice"
 
 
 def test_loops_where_the_disk_is_full_or_what_was_kept_is_damaged(
@@ -300,7 +326,7 @@ def test_loops_where_the_disk_is_full_or_what_was_kept_is_damaged(
 ) -> None:
     """Protects machines on which nothing more can be kept, and those that lost power: they compile, no more."""
     monkeypatch.setattr(nb.config, "CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(loops, "KEPT", True)
+    monkeypatch.setattr(loops, "KEPT", tmp_path)
 
     def result() -> int:
         return int(loops.kept(nb.njit, nb.int64(nb.int64))(lambda x: 2 * x)(3))
