@@ -1,8 +1,8 @@
 """`make bench-stats`: how often comparisons and gates err where the truth is known. No figure is asserted.
 
 What is simulated is drawn from a real job of the real model (kept in build/bench/stats.db): scores of whole source
-groups, their two sides swapped at random, so that nothing changed in truth. BENCH_SAMPLES (480), BENCH_DRAWS (10,000)
-and BENCH_PAIRS (100) in the environment make it shorter.
+groups, their two sides swapped at random, so that nothing changed in truth. BENCH_SAMPLES (480), BENCH_DRAWS (10,000),
+BENCH_PAIRS (100) and BENCH_TOKENS (24, of the completions that are timed) in the environment make it shorter.
 """
 
 import math
@@ -43,6 +43,7 @@ from workers.differences import Clusters, log_speed, noise_floor
 SAMPLES = int(os.environ.get("BENCH_SAMPLES", 480))
 DRAWS = int(os.environ.get("BENCH_DRAWS", 10_000))
 PAIRS = int(os.environ.get("BENCH_PAIRS", 100))
+TOKENS = int(os.environ.get("BENCH_TOKENS", 24))
 RECORD = Path("build/bench/stats.db")
 METRIC = "rouge_l"
 #: the default margin and confidence; no loss is allowed
@@ -61,7 +62,7 @@ OBSERVED = {
 TIMED = {
     **MODEL,
     "name": "the same again",
-    "generation": {"max_new_tokens": 6, "batch_size": 4},
+    "generation": {"max_new_tokens": TOKENS, "batch_size": 4},
     "benchmarks": [{"benchmark": "humaneval-lines", "samples": 48}],
     "policies": ["full", *({"confidence": {"threshold": one}} for one in (0.6, 0.8, 0.9, 0.95))],
 }
@@ -356,7 +357,10 @@ def everything() -> Iterator[Row]:
 
 def main() -> None:
     """Print the table and write it to build/bench/stats.json."""
-    print(f"{SAMPLES} samples observed, {DRAWS} draws, {PAIRS} pairs; load before: {os.getloadavg()[0]:.2f}")
+    print(
+        f"{SAMPLES} samples observed, {DRAWS} draws, {PAIRS} pairs of at most {TOKENS} tokens; "
+        f"load before: {os.getloadavg()[0]:.2f}"
+    )
     write("stats", printed(everything()))
 
 

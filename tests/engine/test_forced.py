@@ -32,11 +32,17 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("bundle", [{"head": "lens", "shortlist": 100}, {"head": "untied"}], ids=str)
+@pytest.mark.parametrize(
+    ("bundle", "largest_logit"), [({"head": "lens", "shortlist": 100}, 20), ({"head": "untied"}, 90)], ids=str
+)
 def test_what_a_policy_wrote_is_as_likely_as_it_said(
-    bundle: dict[str, object], tiny_engine: Callable[..., Engine]
+    bundle: dict[str, object], largest_logit: int, tiny_engine: Callable[..., Engine]
 ) -> None:
-    """Token by token: the same exit layers, the same probabilities, each of them the policy's own choice."""
+    """Token by token: the same exit layers, the same probabilities, each of them the policy's own choice.
+
+    Sums in another order differ by some steps of a float32 of the logits' size, probabilities by as large a share.
+    """
+    few_steps = 6 * float(np.spacing(np.float32(largest_logit)))
     engine = tiny_engine("llama rope llama3", **bundle)
     start = engine.prefill(PROMPTS, NEW)
     early = 0
@@ -48,7 +54,7 @@ def test_what_a_policy_wrote_is_as_likely_as_it_said(
         for (_, completion), one in zip(kept, found, strict=True):
             assert one.greedy.all(), spec.label
             assert one.exit_layers.tolist() == completion.exit_layers, spec.label
-            np.testing.assert_allclose(np.exp(one.log_probabilities), completion.confidences, atol=1e-5)
+            np.testing.assert_allclose(np.exp(one.log_probabilities), completion.confidences, atol=few_steps)
             early += int((one.exit_layers < engine.n_layers).sum())
     assert early > 50
 
