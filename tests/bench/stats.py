@@ -2,7 +2,7 @@
 
 What is simulated is drawn from a real job of the real model (kept in build/bench/stats.db): scores of whole source
 groups, their two sides swapped at random, so that nothing changed in truth. BENCH_SAMPLES (480), BENCH_DRAWS (10,000),
-BENCH_PAIRS (100) and BENCH_TOKENS (24, of the completions that are timed) in the environment make it shorter.
+BENCH_PAIRS (100) and BENCH_COMPLETION (24 tokens, where speeds are compared) in the environment make it shorter.
 """
 
 import math
@@ -43,7 +43,7 @@ from workers.differences import Clusters, log_speed, noise_floor
 SAMPLES = int(os.environ.get("BENCH_SAMPLES", 480))
 DRAWS = int(os.environ.get("BENCH_DRAWS", 10_000))
 PAIRS = int(os.environ.get("BENCH_PAIRS", 100))
-TOKENS = int(os.environ.get("BENCH_TOKENS", 24))
+TOKENS = int(os.environ.get("BENCH_COMPLETION", 24))
 RECORD = Path("build/bench/stats.db")
 METRIC = "rouge_l"
 #: the default margin and confidence; no loss is allowed
