@@ -53,7 +53,8 @@ bench-scoring: $(STAMP)
 bench-benchmarks: $(STAMP)
 	$(BIN)/python -m tests.bench.benchmarks
 
-# How often comparisons and gates err: a real job of five minutes, 10,000 draws from it, then 40 small jobs of one spec
+# How often comparisons and gates err: a real job of five minutes, 10,000 draws from it, then 40 small jobs of one spec,
+# half an hour
 bench-stats: $(STAMP)
 	$(BIN)/python -m tests.bench.stats
 	$(BIN)/python -m tests.bench.schedules

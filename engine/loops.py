@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -95,7 +94,8 @@ def _fill(folder: Path) -> None:
         )
         if not (made / _WHOLE).is_file():
             raise OSError("the process that compiles them ended early")
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # one that is damaged
+            folder.rename(Path(beside) / "damaged")
         made.rename(folder)
 
 

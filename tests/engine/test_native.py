@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tiny_models import random_prompts
 from torch import Tensor
 
-from engine import native, native_attention, native_heads, native_preview, openmp
+from engine import loops, native, native_attention, native_heads, native_preview, openmp
 from engine.architectures.llama import LlamaStack
 from engine.attention import StepAttention
 from engine.cache import Span
@@ -295,11 +295,12 @@ print(loops.KEPT.folder is not None, len(compiled) > len(modules), all(map(loops
 _READ = ["False", "24.0", "True", "True", "True"]
 
 
-def _alone(cache: Path | str, *how: str) -> subprocess.Popen[str]:
+def _alone(cache: Path | str, *how: str, here: Path | None = None) -> subprocess.Popen[str]:
     without = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
     return subprocess.Popen(
-        [sys.executable, "-c", _LOOPS_ALONE, *how],
+        [sys.executable, "-P", "-c", _LOOPS_ALONE, *how],
         env=without | {"SHORTSTOP_CACHE": str(cache)},
+        cwd=here,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -330,15 +331,26 @@ def test_loops_are_compiled_by_one_process_for_all(tmp_path: Path) -> None:
     already, so that what two processes compile together differs from what one does.
     """
     assert [_said(one)[0] for one in (_alone(tmp_path), _alone(tmp_path, "all"))] == [_READ] * 2
-    loops_ = {"native.some_outputs", "native_layers._run_layers", "native_preview._some_of_a_preview"}
-    assert loops_ <= _kept(tmp_path).keys()
+    some = {"native.some_outputs", "native_layers._run_layers", "native_preview._some_of_a_preview"}
+    assert some <= _kept(tmp_path).keys()
+
+
+def test_a_compiler_that_was_killed_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Protects from half a folder: exit statuses of children are lost where a parent ignores their deaths."""
+    monkeypatch.setattr(subprocess, "run", lambda *command, **how: None)
+    with pytest.raises(OSError, match="ended early"):
+        loops._fill(tmp_path / "loops")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_loops_of_which_some_are_gone_or_damaged_are_all_compiled_once_more(tmp_path: Path) -> None:
-    """Protects numbers on machines that lost power, or where somebody tidied up: not one is made beside the others."""
-    assert _said(_alone(tmp_path))[0] == _READ
+    """Protects numbers on machines that lost power, or where somebody tidied up: not one is made beside the others.
+    Modules in the current folder, of whatever name, are nobody's business.
+    """
+    (tmp_path / "random.py").write_text("raise SystemExit('not meant')")
+    assert _said(_alone(tmp_path, here=tmp_path))[0] == _READ
     before = _kept(tmp_path)
     assert _said(_alone(tmp_path, "all"))[0] == _READ
     assert _kept(tmp_path) == before
